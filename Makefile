@@ -1,0 +1,46 @@
+# Two commands do all on a fresh machine with Python 3.11 or 3.12: `make demo` and `make test`.
+# PYTHON=... chooses the interpreter of the virtual environment.
+
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := checkpoints/demo
+
+.PHONY: demo test check test-all test-gpu format clean
+
+# Made once; made anew when what is to be installed changes.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found: install one, or PYTHON=..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed
+	test -d $(DEMO) || $(BIN)/python scripts/make_checkpoint.py $(DEMO)
+	$(BIN)/python scripts/generate.py --model $(DEMO) --chat --max-tokens 48 "What is an inference engine?"
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "not gpu and not slow"
+
+check: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest tests/test_imports.py
+
+# What takes longer than CI may: run it before an issue is resolved.
+test-all: $(VENV)/.installed
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -m "not gpu"
+
+# On a machine with a GPU; uses the environment it is called in.
+test-gpu:
+	python3 -m pytest -m gpu
+
+format: $(VENV)/.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,25 @@
+"""ernie_engine: a standalone inference engine for ERNIE-4.5 in PyTorch and Triton."""
+
+from ernie_engine.engine.engine import Engine, Stream
+from ernie_engine.engine.loop import EngineDeadError
+from ernie_engine.engine.request import (
+    CompletionOutput,
+    Logprob,
+    Piece,
+    RequestOutput,
+    SamplingParams,
+)
+from ernie_engine.engine_config import EngineConfig
+
+__version__ = "0.1.0"
+__all__ = [
+    "CompletionOutput",
+    "Engine",
+    "EngineConfig",
+    "EngineDeadError",
+    "Logprob",
+    "Piece",
+    "RequestOutput",
+    "SamplingParams",
+    "Stream",
+]

@@ -1,0 +1,237 @@
+"""Engine: the Python API. Loads a checkpoint, owns the loop, turns prompts into answers.
+
+Non-streaming is a fold over streaming. Text is made in the caller's thread, steps in the loop's.
+"""
+
+import itertools
+import logging
+import secrets
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from ernie_engine.engine.block_pool import BlockPool
+from ernie_engine.engine.intake import Intake, Job, Message, Prompt
+from ernie_engine.engine.loop import EngineDeadError, EngineLoop, Sink
+from ernie_engine.engine.request import Piece, RequestOutput, SamplingParams
+from ernie_engine.engine.scheduler import Limits, Scheduler
+from ernie_engine.engine_config import EngineConfig
+from ernie_engine.model.startup import OpenedModel, open_model
+from ernie_engine.text.generation import load_generation_defaults, stop_token_ids
+from ernie_engine.text.templates import load_chat_template
+from ernie_engine.text.tokenizer import Tokenizer, load_tokenizer
+
+logger = logging.getLogger("ernie_engine")
+
+
+class Engine:
+    """An ERNIE-4.5 checkpoint being served to this process.
+
+    Args: `model`, the checkpoint's folder, and every field of EngineConfig by keyword.
+    Raises ValueError for a checkpoint or a configuration that cannot be served, saying why.
+    Methods may be called from several threads. Use it in a `with` block, or close() it.
+    """
+
+    def __init__(self, model: str | Path, **fields: Any):
+        _show_log()
+        opened = open_model(EngineConfig(model=str(model), **fields))
+        self.config, self.model_config = opened.config, opened.model_config
+        self.num_kv_blocks = opened.runner.kv.num_blocks
+        folder = Path(self.config.model)
+        self.tokenizer = load_tokenizer(folder)
+        self._intake = _make_intake(opened, folder, self.tokenizer)
+        self._loop = EngineLoop(
+            _make_scheduler(opened), opened.runner, self.config.max_steps_in_flight
+        )
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Continue prompts (text or token ids; one or a list); answers in the prompts' order.
+
+        `params`: one for all, or one each. Raises ValueError before anything runs if one of them
+        cannot be answered, EngineDeadError if the engine ends meanwhile.
+        """
+        prompt_list = _listed(prompts)
+        pairs = zip(prompt_list, _one_each(params, len(prompt_list)), strict=True)
+        return self._run([self._intake.job(prompt, p) for prompt, p in pairs], use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        **template_options: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of a list of them; a message is {role, content}."""
+        first = messages[0] if messages else None
+        conversations = [messages] if first is None or "role" in first else messages
+        pairs = zip(conversations, _one_each(params, len(conversations)), strict=True)
+        jobs = [self._intake.chat_job(m, p, **template_options) for m, p in pairs]  # pyright: ignore[reportArgumentType]
+        return self._run(jobs, use_tqdm)
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> "Stream":
+        """The pieces of one prompt's answers as they come. Closing it aborts the request."""
+        return Stream(self._loop, self._intake.job(prompt, params or SamplingParams()))
+
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        **template_options: Any,
+    ) -> "Stream":
+        """As stream(), for one conversation."""
+        job = self._intake.chat_job(messages, params or SamplingParams(), **template_options)
+        return Stream(self._loop, job)
+
+    def close(self) -> None:
+        """End open requests (finish_reason "abort") and the loop. Twice does no harm."""
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self, jobs: list[Job], use_tqdm: bool) -> list[RequestOutput]:
+        session = Session(self._loop, jobs)
+        num_tokens, num_open = 0, {i: len(job.requests) for i, job in enumerate(jobs)}
+        bar = tqdm(total=len(jobs), unit="prompt", delay=1.0, disable=not use_tqdm, leave=False)
+        with session, bar:
+            for index, piece in session:
+                jobs[index].output.add(piece)
+                num_tokens += len(piece.token_ids)
+                if piece.finish_reason is not None:
+                    num_open[index] -= 1
+                    bar.update(num_open[index] == 0)
+                elapsed = bar.format_dict["elapsed"]
+                bar.set_postfix_str(f"{num_tokens / max(elapsed, 1e-9):.0f} tokens/s", False)
+        return [job.output for job in jobs]
+
+
+class Session:
+    """The running answers of some jobs: yields (job's index, piece). close() aborts the rest."""
+
+    def __init__(self, loop: EngineLoop, jobs: Sequence[Job]):
+        self._loop, self._sink = loop, Sink()
+        self._open = {
+            request.request_id: (index, assembler)
+            for index, job in enumerate(jobs)
+            for request, assembler in zip(job.requests, job.assemblers, strict=True)
+        }
+        loop.submit([request for job in jobs for request in job.requests], self._sink)
+
+    def __iter__(self) -> Iterator[tuple[int, Piece]]:
+        return self
+
+    def __next__(self) -> tuple[int, Piece]:
+        while self._open:
+            output = self._sink.get()
+            if isinstance(output, EngineDeadError):
+                self._open.clear()
+                raise EngineDeadError(str(output)) from output.__cause__
+            if output.request_id not in self._open:
+                continue  # drawn after a stop string had ended the answer
+            index, assembler = self._open[output.request_id]
+            piece = assembler.push(output)
+            if assembler.ended:
+                del self._open[output.request_id]
+                if output.finish_reason is None:
+                    self._loop.abort([output.request_id])
+            return index, piece
+        raise StopIteration
+
+    def close(self) -> None:
+        if self._open:
+            self._loop.abort(list(self._open))
+            self._open.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Stream(Iterator[Piece]):
+    """The pieces of one prompt's answers. Closed (or dropped) early, it aborts the request."""
+
+    def __init__(self, loop: EngineLoop, job: Job):
+        self.prompt_token_ids = job.output.prompt_token_ids
+        self._session = Session(loop, [job])
+
+    def __next__(self) -> Piece:
+        return next(self._session)[1]
+
+    def close(self) -> None:
+        self._session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self._session.close()
+
+
+def _make_scheduler(opened: OpenedModel) -> Scheduler:
+    config = opened.config
+    limits = Limits(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        block_size=config.block_size,
+        enable_prefix_caching=config.enable_prefix_caching,
+        enable_chunked_prefill=config.enable_chunked_prefill,
+    )
+    return Scheduler(limits, BlockPool(opened.runner.kv.num_blocks), secrets.token_bytes(32))
+
+
+def _make_intake(opened: OpenedModel, folder: Path, tokenizer: Tokenizer | None) -> Intake:
+    defaults = load_generation_defaults(folder)
+    return Intake(
+        vocab_size=opened.model_config.vocab_size,
+        max_model_len=opened.config.max_model_len,
+        max_logprobs=opened.config.max_logprobs,
+        tokenizer=tokenizer,
+        template=load_chat_template(folder, tokenizer),
+        defaults=defaults,
+        eos_ids=stop_token_ids(defaults, tokenizer, opened.model_config.eos_token_ids),
+        ids=itertools.count(),
+    )
+
+
+def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt is a list of one. A list of integers is one prompt of token ids."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [prompts]  # pyright: ignore[reportReturnType]
+    return list(prompts)  # pyright: ignore[reportReturnType]
+
+
+def _one_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> Sequence[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise ValueError(f"params: {len(params)} given for {count} prompts; give one, or one each")
+    return params
+
+
+def _show_log() -> None:
+    """Start-up lines reach people who set up no logging of their own."""
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)

@@ -1,0 +1,169 @@
+"""A prompt and its SamplingParams -> checked requests with every default filled in.
+
+Owns what is asked of the model and whether it can be had: a ValueError here names the field, and
+nothing has been submitted yet. Never talks to the loop.
+"""
+
+import itertools
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ernie_engine.engine.assembler import ChoiceAssembler
+from ernie_engine.engine.plan import NO_LOGPROBS, SamplingSpec, derived_seed
+from ernie_engine.engine.request import (
+    CompletionOutput,
+    Request,
+    RequestOutput,
+    SamplingParams,
+)
+from ernie_engine.text.generation import GenerationDefaults
+from ernie_engine.text.templates import ChatTemplate
+from ernie_engine.text.tokenizer import Tokenizer
+
+DEFAULT_MAX_TOKENS = 16
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt ready to run: a request and an assembler for each of its choices."""
+
+    output: RequestOutput  # still empty; to be filled with pieces
+    requests: list[Request]
+    assemblers: list[ChoiceAssembler]
+
+
+@dataclass(frozen=True)
+class Intake:
+    """Turns what callers say into jobs for one loaded model."""
+
+    vocab_size: int
+    max_model_len: int
+    max_logprobs: int
+    tokenizer: Tokenizer | None
+    template: ChatTemplate
+    defaults: GenerationDefaults
+    eos_ids: frozenset[int]
+    ids: "itertools.count[int]"
+
+    def job(self, prompt: Prompt, params: SamplingParams) -> Job:
+        """A text or token-id prompt to continue, by default for 16 tokens."""
+        text = prompt if isinstance(prompt, str) else None
+        return self._job(self._encode(prompt), text, params, DEFAULT_MAX_TOKENS)
+
+    def chat_job(
+        self, messages: Sequence[Message], params: SamplingParams, **template_options: Any
+    ) -> Job:
+        """A conversation to answer, by default as long as there is room."""
+        prompt = self.encode_chat(messages, **template_options)
+        return self._job(prompt, None, params, self.max_model_len)
+
+    def encode_chat(self, messages: Sequence[Message], **template_options: Any) -> list[int]:
+        if self.tokenizer is None:
+            raise ValueError("messages need a tokenizer, and the checkpoint folder has none")
+        return self.template.encode(messages, self.tokenizer, **template_options)
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise ValueError(
+                "a text prompt needs a tokenizer, and the checkpoint folder has none: "
+                "give token ids"
+            )
+        return self.tokenizer.encode(prompt)
+
+    def _job(
+        self, prompt: list[int], text: str | None, params: SamplingParams, default_max: int
+    ) -> Job:
+        self._check(prompt, params)
+        max_tokens = _first(params.max_tokens, self.defaults.max_new_tokens, default_max)
+        if params.min_tokens > max_tokens:
+            raise ValueError(f"min_tokens={params.min_tokens} is above max_tokens={max_tokens}")
+        total = min(len(prompt) + max_tokens, self.max_model_len)
+        eos_ids = frozenset() if params.ignore_eos else self.eos_ids
+        stop_ids = frozenset(params.stop_token_ids)
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        requests, assemblers = [], []
+        for choice in range(params.n):
+            spec = self._spec(params, derived_seed(seed, choice), eos_ids | stop_ids, choice)
+            requests.append(Request(next(self.ids), prompt[:], spec, total, eos_ids, stop_ids))
+            assemblers.append(self._assembler(params, prompt, choice))
+        outputs = [CompletionOutput(choice) for choice in range(params.n)]
+        output = RequestOutput(requests[0].request_id, text, prompt, outputs)
+        return Job(output, requests, assemblers)
+
+    def _spec(
+        self, params: SamplingParams, seed: int, banned: frozenset[int], choice: int
+    ) -> SamplingSpec:
+        defaults = self.defaults
+        prompt_logprobs = params.prompt_logprobs if choice == 0 else None
+        return SamplingSpec(
+            temperature=_first(params.temperature, defaults.temperature, 1.0),
+            top_p=_first(params.top_p, defaults.top_p, 1.0),
+            min_p=_first(params.min_p, defaults.min_p, 0.0),
+            repetition_penalty=_first(params.repetition_penalty, defaults.repetition_penalty, 1.0),
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            top_k=max(0, _first(params.top_k, defaults.top_k, 0)),
+            seed=seed,
+            min_tokens=params.min_tokens,
+            num_logprobs=_first(params.logprobs, NO_LOGPROBS),
+            num_prompt_logprobs=_first(prompt_logprobs, NO_LOGPROBS),
+            banned_ids=tuple(sorted(banned)) if params.min_tokens else (),
+            bias_ids=tuple(params.logit_bias),
+            bias_values=tuple(params.logit_bias.values()),
+        )
+
+    def _assembler(
+        self, params: SamplingParams, prompt: Sequence[int], choice: int
+    ) -> ChoiceAssembler:
+        return ChoiceAssembler(
+            choice,
+            prompt,
+            self.tokenizer,
+            stop=tuple(params.stop),
+            include_stop=params.include_stop_str_in_output,
+            skip_special_tokens=params.skip_special_tokens,
+            min_tokens=params.min_tokens,
+            wants_logprobs=params.logprobs is not None,
+            wants_prompt_logprobs=params.prompt_logprobs is not None and choice == 0,
+        )
+
+    def _check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        if not prompt:
+            raise ValueError("prompt must be provided and non-empty")
+        self._check_ids("prompt", prompt)
+        for field, ids in params.token_ids().items():
+            self._check_ids(field, ids)
+        if len(prompt) >= self.max_model_len:
+            raise ValueError(
+                f"prompt has {len(prompt)} tokens; with max_model_len={self.max_model_len} "
+                f"at most {self.max_model_len - 1} leave room for an answer"
+            )
+        for field in ("logprobs", "prompt_logprobs"):
+            most = min(self.max_logprobs, self.vocab_size)
+            if (getattr(params, field) or 0) > most:
+                raise ValueError(f"{field}={getattr(params, field)} is above max_logprobs={most}")
+        if params.stop and self.tokenizer is None:
+            raise ValueError(
+                "stop strings need a tokenizer, and the checkpoint folder has none: "
+                "use stop_token_ids"
+            )
+
+    def _check_ids(self, field: str, ids: Sequence[int]) -> None:
+        for token in ids:
+            if isinstance(token, bool) or not isinstance(token, int):
+                raise ValueError(f"{field} must hold token ids (integers), not {token!r}")
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"{field}: token id {token} is out of vocabulary (0 .. {self.vocab_size - 1})"
+                )
+
+
+def _first(*values):
+    """The first that is not None: the caller's value, the checkpoint's, the usual default."""
+    return next(value for value in values if value is not None)

@@ -1,0 +1,160 @@
+"""The engine's heartbeat: arrivals -> schedule -> launch -> sample -> commit, in its own thread.
+
+Owns the inbox and the deque of steps in flight. Everything that changes what the scheduler sees
+(arrivals, aborts, the end) enters by the inbox, between two steps. Decides nothing itself.
+"""
+
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ernie_engine.engine.plan import (
+    SamplingPart,
+    StepPlan,
+    StepResult,
+    decode_plan,
+    decode_result,
+    encode_plan,
+    encode_result,
+)
+from ernie_engine.engine.request import Request, TokenOutput
+from ernie_engine.engine.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+
+class EngineDeadError(RuntimeError):
+    """The engine's loop has ended, by an error (then its cause) or by close()."""
+
+
+class Pending(Protocol):
+    def wait(self) -> StepResult: ...
+
+
+class Runner(Protocol):
+    """The body, as far as the loop knows it: model/runner.py, or a fake one in tests."""
+
+    def launch(self, plan: StepPlan) -> None: ...
+
+    def sample(self, part: SamplingPart) -> Pending: ...
+
+
+Sink = queue.SimpleQueue  # of TokenOutput, or of the EngineDeadError that ends it
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    requests: Sequence[Request]
+    sink: Sink
+
+
+@dataclass(frozen=True)
+class _Abort:
+    request_ids: Iterable[int]
+
+
+@dataclass(frozen=True)
+class _Stop:
+    pass
+
+
+class EngineLoop:
+    """Runs the scheduler and the runner until close(); safe to call from any thread."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, max_steps_in_flight: int):
+        self._scheduler, self._runner, self._depth = scheduler, runner, max_steps_in_flight
+        self._inbox: queue.SimpleQueue[_Arrival | _Abort | _Stop] = queue.SimpleQueue()
+        self._in_flight: deque[tuple[StepPlan, Pending]] = deque()
+        self._open: dict[int, tuple[Request, Sink]] = {}
+        self._lock = threading.Lock()  # between "is it dead?" and "then put it in the inbox"
+        self._death: EngineDeadError | None = None
+        self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
+        self._thread.start()
+
+    def submit(self, requests: Sequence[Request], sink: Sink) -> None:
+        """Queue requests; their outputs arrive at `sink`. Raises EngineDeadError after the end."""
+        with self._lock:
+            if self._death is not None:
+                raise EngineDeadError(str(self._death)) from self._death.__cause__
+            self._inbox.put(_Arrival(requests, sink))
+
+    def abort(self, request_ids: Iterable[int]) -> None:
+        """End requests wherever they are; those that have ended already are left alone."""
+        self._inbox.put(_Abort(tuple(request_ids)))
+
+    def close(self) -> None:
+        """End what is open as aborted, then the thread. Can be called twice."""
+        self._inbox.put(_Stop())
+        self._thread.join()
+
+    def _run(self) -> None:
+        death = EngineDeadError("the engine is closed")
+        try:
+            while self._read_inbox():
+                self._turn()
+            self._abort(list(self._open))
+        except Exception as error:
+            logger.exception("the engine loop failed")
+            death = EngineDeadError(f"the engine failed: {error}")
+            death.__cause__ = error
+        with self._lock:
+            self._death = death
+        self._end_all(death)
+
+    def _end_all(self, death: EngineDeadError) -> None:
+        """Nobody waits for an answer that cannot come: those running, those still in the inbox."""
+        sinks = [sink for _, sink in self._open.values()]
+        while not self._inbox.empty():
+            message = self._inbox.get()
+            if isinstance(message, _Arrival):
+                sinks.append(message.sink)
+        for sink in {id(sink): sink for sink in sinks}.values():
+            sink.put(death)
+
+    # --- one turn ---
+
+    def _read_inbox(self) -> bool:
+        """Take in all that has come; wait for something when there is nothing to do."""
+        idle = not self._in_flight and not self._scheduler.has_requests
+        while idle or not self._inbox.empty():
+            message = self._inbox.get()
+            idle = False
+            if isinstance(message, _Stop):
+                return False
+            if isinstance(message, _Abort):
+                self._abort(message.request_ids)
+                continue
+            for request in message.requests:
+                self._open[request.request_id] = request, message.sink
+                self._scheduler.add(request)
+        return True
+
+    def _abort(self, request_ids: Iterable[int]) -> None:
+        for request_id in request_ids:
+            if request_id in self._open:
+                output = self._scheduler.abort(self._open[request_id][0])
+                assert output is not None, "an ended request is not open"
+                self._deliver(output)
+
+    def _turn(self) -> None:
+        """Launch a step if one may still go out, take in the oldest if none did or enough have."""
+        plan = self._scheduler.schedule() if len(self._in_flight) < self._depth else None
+        if plan is not None:
+            received = decode_plan(encode_plan(plan))
+            self._runner.launch(received)
+            self._in_flight.append((plan, self._runner.sample(received.sampling)))
+        if self._in_flight and (plan is None or len(self._in_flight) == self._depth):
+            done, pending = self._in_flight.popleft()
+            result = decode_result(encode_result(pending.wait()))
+            for output in self._scheduler.commit(done, result):
+                self._deliver(output)
+
+    def _deliver(self, output: TokenOutput) -> None:
+        _, sink = self._open[output.request_id]
+        if output.finish_reason is not None:
+            del self._open[output.request_id]
+        sink.put(output)

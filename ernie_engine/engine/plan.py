@@ -1,0 +1,278 @@
+"""StepPlan down, StepResult up: the whole contract between the mind (scheduler) and the body
+(runner), and their byte codec.
+
+Owns the meaning and the bytes of both. Never holds a queue, a tensor or a decision. A plan is a
+delta: whatever a rank already knows about a slot is not said again.
+"""
+
+import struct
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from itertools import islice
+
+NO_LOGPROBS = -1  # SamplingSpec.num_logprobs: none are wanted (0 means: of the sampled token only)
+MASK64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingSpec:
+    """How a slot's tokens are drawn: SamplingParams with every default filled in.
+
+    `banned_ids` (end-of-sequence and stop ids) cannot be drawn before `min_tokens` tokens exist.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    top_k: int = 0
+    seed: int = 0  # int64
+    min_tokens: int = 0
+    num_logprobs: int = NO_LOGPROBS
+    num_prompt_logprobs: int = NO_LOGPROBS
+    banned_ids: tuple[int, ...] = ()
+    bias_ids: tuple[int, ...] = ()
+    bias_values: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NewSlot:
+    """A request's first appearance: its prompt and how to sample, said once."""
+
+    slot: int
+    token_ids: Sequence[int]
+    spec: SamplingSpec
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingPart:
+    """What is drawn from a step. `rows` index the plan's rows.
+
+    `prompt_rows` score prompt tokens: in row `prompt_rows[i]`, `prompt_counts[i]` query tokens
+    from the `prompt_offsets[i]`-th on are each asked for the token that follows them.
+    """
+
+    rows: Sequence[int] = ()
+    prompt_rows: Sequence[int] = ()
+    prompt_offsets: Sequence[int] = ()
+    prompt_counts: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step of all ranks. Applied in the order of the fields.
+
+    freed, preempted: slots whose request ended, or lost its blocks but keeps its tokens.
+    new: requests met for the first time.
+    starts: (slot, tokens already computed): the slot begins, or begins again, with an empty block
+      table; its cached blocks come among the row's new blocks.
+    Then one entry a row, rows of one query token first: slots, num_tokens (query tokens),
+    num_new_blocks; new_block_ids lists the rows' new blocks one row after the other.
+    """
+
+    step_id: int
+    freed: Sequence[int]
+    preempted: Sequence[int]
+    new: Sequence[NewSlot]
+    starts: Sequence[tuple[int, int]]
+    slots: Sequence[int]
+    num_tokens: Sequence[int]
+    num_new_blocks: Sequence[int]
+    new_block_ids: Sequence[int]
+    sampling: SamplingPart
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probability and rank (1 = likeliest) of one token, and the likeliest alternatives."""
+
+    logprob: float
+    rank: int
+    top_ids: Sequence[int]
+    top_logprobs: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step drew: one entry for each of the plan's sampling rows and prompt rows."""
+
+    step_id: int
+    token_ids: Sequence[Sequence[int]]  # 1 to k tokens a row
+    logprobs: Sequence[Sequence[TokenLogprobs]]  # a row: one for each token, or none
+    prompt_logprobs: Sequence[Sequence[TokenLogprobs]]  # a prompt row: one for each token scored
+
+
+# --- the codec: two columns, all integers and all floats, each read in the order written ---
+
+_HEADER = struct.Struct("<4sII")
+
+
+class _Writer:
+    def __init__(self, kind: bytes):
+        self.kind, self.ints, self.floats = kind, array("q"), array("d")
+
+    def int_list(self, values: Sequence[int]) -> None:
+        self.ints.append(len(values))
+        self.ints.extend(values)
+
+    def float_list(self, values: Sequence[float]) -> None:
+        self.ints.append(len(values))
+        self.floats.extend(values)
+
+    def done(self) -> bytes:
+        header = _HEADER.pack(self.kind, len(self.ints), len(self.floats))
+        return header + self.ints.tobytes() + self.floats.tobytes()
+
+
+class _Reader:
+    def __init__(self, kind: bytes, data: bytes):
+        if len(data) < _HEADER.size:
+            raise ValueError(f"a {kind.decode()} frame of {len(data)} bytes has no header")
+        found, num_ints, num_floats = _HEADER.unpack_from(data)
+        if found != kind or len(data) != _HEADER.size + 8 * (num_ints + num_floats):
+            raise ValueError(f"not a {kind.decode()} frame, or cut short: {len(data)} bytes")
+        middle = _HEADER.size + 8 * num_ints
+        self.ints, self.floats = array("q"), array("d")
+        self.ints.frombytes(data[_HEADER.size : middle])
+        self.floats.frombytes(data[middle:])
+        self.kind, self.int_at, self.float_at = kind.decode(), 0, 0
+
+    def one(self) -> int:
+        return self._take(1)[0]
+
+    def int_list(self) -> list[int]:
+        return self._take(self.one()).tolist()
+
+    def float_list(self) -> list[float]:
+        return self.take_floats(self.one())
+
+    def _take(self, count: int) -> "array[int]":
+        at, self.int_at = self.int_at, self.int_at + count
+        if not at <= self.int_at <= len(self.ints):
+            raise ValueError(f"a {self.kind} frame counts more entries than it has")
+        return self.ints[at : self.int_at]
+
+    def take_floats(self, count: int) -> list[float]:
+        at, self.float_at = self.float_at, self.float_at + count
+        if not at <= self.float_at <= len(self.floats):
+            raise ValueError(f"a {self.kind} frame counts more entries than it has")
+        return self.floats[at : self.float_at].tolist()
+
+    def end(self) -> None:
+        if (self.int_at, self.float_at) != (len(self.ints), len(self.floats)):
+            raise ValueError(f"a {self.kind} frame has entries that nothing reads")
+
+
+_SPEC_FIELDS = [f.name for f in fields(SamplingSpec)]
+_SPEC_FLOATS, _SPEC_INTS = _SPEC_FIELDS[:6], _SPEC_FIELDS[6:11]
+
+
+def _write_new(out: _Writer, new: NewSlot) -> None:
+    spec = new.spec
+    out.ints.append(new.slot)
+    out.int_list(new.token_ids)
+    out.floats.extend([getattr(spec, name) for name in _SPEC_FLOATS])
+    out.ints.extend([getattr(spec, name) for name in _SPEC_INTS])
+    out.int_list(spec.banned_ids)
+    out.int_list(spec.bias_ids)
+    out.float_list(spec.bias_values)
+
+
+def _read_new(data: _Reader) -> NewSlot:
+    slot, token_ids = data.one(), data.int_list()
+    values = [*data.take_floats(len(_SPEC_FLOATS)), *(data.one() for _ in _SPEC_INTS)]
+    lists = tuple(data.int_list()), tuple(data.int_list()), tuple(data.float_list())
+    return NewSlot(slot, token_ids, SamplingSpec(*values, *lists))  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+def encode_plan(plan: StepPlan) -> bytes:
+    """The plan's frame; decode_plan is its inverse."""
+    out = _Writer(b"plan")
+    out.ints.append(plan.step_id)
+    out.int_list(plan.freed)
+    out.int_list(plan.preempted)
+    out.ints.append(len(plan.new))
+    for new in plan.new:
+        _write_new(out, new)
+    out.int_list([value for start in plan.starts for value in start])
+    for column in (plan.slots, plan.num_tokens, plan.num_new_blocks, plan.new_block_ids):
+        out.int_list(column)
+    part = plan.sampling
+    for column in (part.rows, part.prompt_rows, part.prompt_offsets, part.prompt_counts):
+        out.int_list(column)
+    return out.done()
+
+
+def decode_plan(data: bytes) -> StepPlan:
+    """Raises ValueError on a frame that is no plan or is cut short."""
+    frame = _Reader(b"plan", data)
+    step_id, freed, preempted = frame.one(), frame.int_list(), frame.int_list()
+    new = [_read_new(frame) for _ in range(frame.one())]
+    flat = frame.int_list()
+    starts = list(zip(flat[::2], flat[1::2], strict=True))
+    slots, num_tokens, num_new_blocks, new_block_ids = (frame.int_list() for _ in range(4))
+    part = SamplingPart(*(frame.int_list() for _ in range(4)))
+    rows = slots, num_tokens, num_new_blocks, new_block_ids
+    frame.end()
+    return StepPlan(step_id, freed, preempted, new, starts, *rows, part)
+
+
+def _write_logprobs(out: _Writer, rows: Iterable[Sequence[TokenLogprobs]]) -> None:
+    for row in rows:
+        out.ints.append(len(row))
+        for token in row:
+            out.floats.append(token.logprob)
+            out.ints.append(token.rank)
+            out.int_list(token.top_ids)
+            out.floats.extend(token.top_logprobs)
+
+
+def _read_logprobs(data: _Reader, num_rows: int) -> list[list[TokenLogprobs]]:
+    return [[_read_token(data) for _ in range(data.one())] for _ in range(num_rows)]
+
+
+def _read_token(data: _Reader) -> TokenLogprobs:
+    (logprob,) = data.take_floats(1)
+    rank, top_ids = data.one(), data.int_list()
+    return TokenLogprobs(logprob, rank, top_ids, data.take_floats(len(top_ids)))
+
+
+def encode_result(result: StepResult) -> bytes:
+    """The result's frame; decode_result is its inverse."""
+    out = _Writer(b"done")
+    out.ints.append(result.step_id)
+    out.int_list([len(row) for row in result.token_ids])
+    out.int_list([token for row in result.token_ids for token in row])
+    _write_logprobs(out, result.logprobs)
+    out.ints.append(len(result.prompt_logprobs))
+    _write_logprobs(out, result.prompt_logprobs)
+    return out.done()
+
+
+def decode_result(data: bytes) -> StepResult:
+    """Raises ValueError on a frame that is no result or is cut short."""
+    frame = _Reader(b"done", data)
+    step_id, counts = frame.one(), frame.int_list()
+    flat = iter(frame.int_list())
+    token_ids = [list(islice(flat, count)) for count in counts]
+    logprobs = _read_logprobs(frame, len(counts))
+    prompt_logprobs = _read_logprobs(frame, frame.one())
+    frame.end()
+    return StepResult(step_id, token_ids, logprobs, prompt_logprobs)
+
+
+def derived_seed(seed: int, choice: int) -> int:
+    """The seed of choice `choice` of a request with n > 1; choice 0 keeps the request's own.
+
+    SplitMix64's output function (Steele, Lea, Flood 2014) over (seed, choice), as an int64.
+    """
+    if choice == 0:
+        return seed
+    z = (seed + choice * 0x9E3779B97F4A7C15) & MASK64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK64
+    z ^= z >> 31
+    return z - (1 << 64) if z >> 63 else z

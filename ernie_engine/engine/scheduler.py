@@ -1,0 +1,322 @@
+"""Which requests compute which tokens in the next step, and what a finished step means for them.
+
+Owns the waiting and running requests, their slots and blocks. One rule schedules everything:
+each step lets a request's computed tokens catch up with its known and promised ones, under a
+token budget, first come first served. No clock, no random number, no tensor, no text.
+"""
+
+import heapq
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ernie_engine.engine.block_pool import BlockPool, chain_digests
+from ernie_engine.engine.plan import NewSlot, SamplingPart, StepPlan, StepResult, TokenLogprobs
+from ernie_engine.engine.request import FinishReason, Request, TokenOutput
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a step and the engine can hold; names as in EngineConfig."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+
+
+@dataclass(slots=True)
+class _Row:
+    request: Request
+    first: int  # position of its first query token
+    num_tokens: int
+    new_block_ids: list[int]
+    starts: bool  # the slot begins, or begins again, at `first`
+
+
+@dataclass(slots=True)
+class _Draft:
+    """The step being put together: its rows and what is left of the token budget."""
+
+    budget: int
+    rows: list[_Row] = field(default_factory=list)
+    new: list[NewSlot] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """What a launched step will answer, and to whom."""
+
+    step_id: int
+    sampled: list[Request]
+    scored: list[Request]
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the start, for logs and metrics."""
+
+    num_preemptions: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+
+
+class Scheduler:
+    """schedule() -> StepPlan, commit(plan, result) -> outputs; several steps may be in flight."""
+
+    def __init__(self, limits: Limits, pool: BlockPool, digest_key: bytes):
+        self.limits, self.pool, self.digest_key = limits, pool, digest_key
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.counters = Counters()
+        self._free_slots = list(range(limits.max_num_seqs))  # a heap: low slots first
+        self._freed: list[int] = []  # slots to name in the next plan, as are:
+        self._preempted: list[int] = []
+        self._in_flight: deque[_InFlight] = deque()
+        self._next_step_id = 0
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, request: Request) -> None:
+        """Queue a new request. Its prompt must fit the pool and, unchunked, a step."""
+        self.waiting.append(request)
+
+    def abort(self, request: Request) -> TokenOutput | None:
+        """End a request wherever it is; None if it had already ended."""
+        if request.finished:
+            return None
+        (self.running if request in self.running else self.waiting).remove(request)
+        self._release(request)
+        return TokenOutput(request.request_id, finish_reason="abort")
+
+    # --- planning ---
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None if no request can move before a step in flight is committed."""
+        draft = _Draft(self.limits.max_num_batched_tokens)
+        num_preempted = len(self._preempted)
+        self._continue_running(draft)
+        if len(self._preempted) == num_preempted:  # else blocks are short
+            self._admit_waiting(draft)
+        return self._launch(draft) if draft.rows else None
+
+    def _continue_running(self, draft: _Draft) -> None:
+        index = 0
+        while index < len(self.running) and draft.budget > 0:
+            request = self.running[index]
+            num_tokens = min(request.num_pending, draft.budget)
+            if num_tokens > 0 and not self._grow(request, num_tokens, draft):
+                return
+            index += 1
+
+    def _grow(self, request: Request, num_tokens: int, draft: _Draft) -> bool:
+        """Add a row for a running request, taking blocks from the youngest ones if need be.
+
+        False if older ones hold too much: it keeps its own blocks and waits. Alone it always
+        fits, for the pool holds at least one request of full length.
+        """
+        num_new = self._blocks_for(request.num_computed + num_tokens) - len(request.block_ids)
+        while (blocks := self.pool.take((), num_new)) is None:
+            if self.running[-1] is request:
+                return False
+            self._preempt(self.running.pop())
+        self._add_row(draft, request, num_tokens, blocks, starts=False)
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        """Take a request's blocks; it keeps its slot and tokens and recomputes them later."""
+        self._release_blocks(request)
+        request.num_computed = 0
+        request.num_preemptions += 1
+        self.counters.num_preemptions += 1
+        self._preempted.append(request.slot)
+        self.waiting.appendleft(request)
+
+    def _admit_waiting(self, draft: _Draft) -> None:
+        while self.waiting and draft.budget > 0:
+            request = self.waiting[0]
+            if request.num_pending == 0 or (request.slot < 0 and not self._free_slots):
+                return
+            hits = self._cached_prefix(request)
+            num_cached = len(hits) * self.limits.block_size
+            num_pending = request.num_tokens - num_cached
+            num_tokens = min(num_pending, draft.budget)
+            if num_tokens < num_pending and not self.limits.enable_chunked_prefill:
+                return
+            # All of it must fit now, or the request would be preempted while it is being read.
+            num_whole = self._blocks_for(request.num_tokens) - len(hits)
+            if self.pool.num_needed(hits, num_whole) > self.pool.num_free:
+                return
+            num_new = self._blocks_for(num_cached + num_tokens) - len(hits)
+            blocks = self.pool.take(hits, num_new)
+            assert blocks is not None, "what fits whole fits in part"
+            self.running.append(self.waiting.popleft())
+            self._start(request, num_cached, len(hits), draft)
+            self._add_row(draft, request, num_tokens, blocks, starts=True)
+
+    def _start(self, request: Request, num_cached: int, num_hits: int, draft: _Draft) -> None:
+        request.num_computed, request.num_published = num_cached, num_hits
+        if request.slot >= 0:  # resumed: the ranks still have its tokens
+            return
+        request.slot = heapq.heappop(self._free_slots)
+        request.num_cached_tokens = num_cached
+        self.counters.num_prompt_tokens += request.num_prompt_tokens
+        self.counters.num_cached_tokens += num_cached
+        draft.new.append(NewSlot(request.slot, tuple(request.token_ids), request.spec))
+
+    def _add_row(
+        self, draft: _Draft, request: Request, num_tokens: int, blocks: list[int], starts: bool
+    ) -> None:
+        draft.rows.append(_Row(request, request.num_computed, num_tokens, blocks, starts))
+        draft.budget -= num_tokens
+        request.block_ids.extend(blocks)
+        request.num_computed += num_tokens
+        # At once: a step writes all K/V before it reads any, so the next row can share already.
+        self._publish(request)
+
+    def _launch(self, draft: _Draft) -> StepPlan:
+        """Make the draft final: promise its tokens, write the plan."""
+        draft.rows.sort(key=lambda row: row.num_tokens > 1)  # stable: single tokens first
+        step_id, self._next_step_id = self._next_step_id, self._next_step_id + 1
+        freed, self._freed = self._freed, []
+        preempted, self._preempted = self._preempted, []
+        return StepPlan(
+            step_id=step_id,
+            freed=freed,
+            preempted=preempted,
+            new=draft.new,
+            starts=[(row.request.slot, row.first) for row in draft.rows if row.starts],
+            slots=[row.request.slot for row in draft.rows],
+            num_tokens=[row.num_tokens for row in draft.rows],
+            num_new_blocks=[len(row.new_block_ids) for row in draft.rows],
+            new_block_ids=[block for row in draft.rows for block in row.new_block_ids],
+            sampling=self._sampling_part(step_id, draft.rows),
+        )
+
+    def _sampling_part(self, step_id: int, rows: Sequence[_Row]) -> SamplingPart:
+        sampled, scored, offsets, counts = [], [], [], []
+        for index, row in enumerate(rows):
+            request = row.request
+            num_new_scores = self._num_new_scores(request)
+            if num_new_scores > 0:
+                scored.append(index)
+                offsets.append(request.num_prompt_scored - row.first)
+                counts.append(num_new_scores)
+                request.num_prompt_scored += num_new_scores
+            if request.num_computed == request.num_tokens:
+                sampled.append(index)
+                request.num_promised += 1
+        answering = [rows[i].request for i in sampled], [rows[i].request for i in scored]
+        self._in_flight.append(_InFlight(step_id, *answering))
+        return SamplingPart(sampled, scored, offsets, counts)
+
+    def _num_new_scores(self, request: Request) -> int:
+        """Prompt tokens that the computed ones can now score and that no step has scored yet."""
+        if not request.wants_prompt_logprobs:
+            return 0
+        within_prompt = min(request.num_computed, request.num_prompt_tokens - 1)
+        return within_prompt - request.num_prompt_scored
+
+    # --- committing ---
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
+        """Take in the oldest step's result. What came after a request's end is dropped."""
+        entry = self._in_flight.popleft()
+        if not entry.step_id == plan.step_id == result.step_id:
+            steps = f"{entry.step_id}, {plan.step_id}, {result.step_id}"
+            raise RuntimeError(f"steps out of order (expected, planned, done): {steps}")
+        outputs = [
+            TokenOutput(request.request_id, prompt_logprobs=scores)
+            for request, scores in zip(entry.scored, result.prompt_logprobs, strict=True)
+            if not request.finished
+        ]
+        for request, token_ids, logprobs in zip(
+            entry.sampled, result.token_ids, result.logprobs, strict=True
+        ):
+            request.num_promised -= 1
+            if not request.finished:
+                outputs.append(self._answer(request, token_ids, logprobs))
+        return outputs
+
+    def _answer(
+        self, request: Request, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]
+    ) -> TokenOutput:
+        finish_reason, kept = None, 0
+        while kept < len(token_ids) and finish_reason is None:
+            request.token_ids.append(token_ids[kept])
+            finish_reason = _finish_reason(request)
+            kept += 1
+        self._publish(request)
+        if finish_reason is not None:
+            (self.running if request in self.running else self.waiting).remove(request)
+            self._release(request)
+        last = request.token_ids[-1]
+        stopped_by = last if finish_reason == "stop" and last not in request.eos_ids else None
+        return TokenOutput(
+            request.request_id,
+            token_ids[:kept],
+            logprobs[:kept],
+            (),
+            finish_reason,
+            stopped_by,
+            request.num_cached_tokens,
+        )
+
+    # --- blocks ---
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.limits.block_size)
+
+    def _cached_prefix(self, request: Request) -> list[int]:
+        """The blocks it can share, leaving at least one token to compute. Prompt tokens that
+        must be scored are computed, whatever is cached."""
+        if not self.limits.enable_prefix_caching or request.wants_prompt_logprobs:
+            return []
+        self._extend_digests(request)
+        most = (request.num_tokens - 1) // self.limits.block_size
+        return self.pool.match(request.digests[:most])
+
+    def _extend_digests(self, request: Request) -> None:
+        size, done = self.limits.block_size, len(request.digests)
+        parent = request.digests[-1] if request.digests else b""
+        tokens = request.token_ids[done * size :]
+        request.digests.extend(chain_digests(parent, tokens, size, self.digest_key))
+
+    def _publish(self, request: Request) -> None:
+        """Offer the blocks that are full of known and computed tokens for sharing."""
+        if not self.limits.enable_prefix_caching:
+            return
+        num_known = min(request.num_computed, len(request.token_ids))
+        num_full = num_known // self.limits.block_size
+        if num_full <= request.num_published:
+            return
+        self._extend_digests(request)
+        for i in range(request.num_published, num_full):
+            self.pool.publish(request.block_ids[i], request.digests[i])
+        request.num_published = num_full
+
+    def _release_blocks(self, request: Request) -> None:
+        self.pool.release(request.block_ids)
+        request.block_ids = []
+        request.num_published = 0
+
+    def _release(self, request: Request) -> None:
+        """End a request: its blocks and slot are free at once, steps run in order."""
+        request.finished = True
+        self._release_blocks(request)
+        if request.slot >= 0:
+            heapq.heappush(self._free_slots, request.slot)
+            self._freed.append(request.slot)
+            if request.slot in self._preempted:
+                self._preempted.remove(request.slot)
+
+
+def _finish_reason(request: Request) -> FinishReason | None:
+    last = request.token_ids[-1]
+    ends = last in request.eos_ids or last in request.stop_ids
+    if ends and request.num_answered >= request.spec.min_tokens:
+        return "stop"
+    return "length" if len(request.token_ids) >= request.max_total_tokens else None

@@ -1,0 +1,110 @@
+"""How to serve a model: EngineConfig, the keywords of Engine() and the flags of the scripts.
+
+Owns every check of their values, and what "auto" and None mean, resolved once against the model.
+Never imports torch; a config is never written after it was made.
+"""
+
+import math
+import re
+from dataclasses import dataclass, fields
+
+from ernie_engine.config import ModelConfig
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Field names are those that users of vLLM know. ValueError on a bad value, naming the field.
+
+    None and "auto" are settled by resolve(), which the engine calls once.
+    """
+
+    model: str  # the checkpoint's folder
+    dtype: str = "auto"  # of weights and activations; auto: the checkpoint's
+    device: str = "auto"  # "cpu", "cuda", "cuda:N"; auto: a GPU if there is one
+    load_format: str = "auto"  # auto: safetensors; dummy: random weights, for speed only
+    kernels: str = "auto"  # implementation of the ops, see kernels/registry.py
+    max_model_len: int | None = None  # prompt and answer; None: the model's
+    max_num_seqs: int = 256  # requests running at once
+    max_num_batched_tokens: int | None = None  # a step's token budget
+    block_size: int = 16  # tokens in a K/V block
+    gpu_memory_utilization: float = 0.9  # share of the card's memory for everything
+    kv_cache_memory_bytes: int | None = None  # overrides the measurement; CPU default 4 GiB
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    max_steps_in_flight: int | None = None  # None: 2 on a GPU, 1 on a CPU
+    max_logprobs: int = 20
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        _check_one_of("dtype", self.dtype, DTYPES)
+        _check_one_of("load_format", self.load_format, LOAD_FORMATS)
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f'device={self.device!r}: use "auto", "cpu", "cuda" or "cuda:N"')
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is bool and type(value) is not bool:
+                raise ValueError(f"{field.name}={value!r}: must be True or False")
+            if field.type in (int, int | None) and field.name != "max_logprobs":
+                _check_positive(field.name, value, optional=field.type is not int)
+        if type(self.max_logprobs) is not int or self.max_logprobs < 0:
+            raise ValueError(f"max_logprobs={self.max_logprobs!r}: must be an integer, 0 or more")
+        share = self.gpu_memory_utilization
+        if type(share) not in (int, float) or not (math.isfinite(share) and 0 < share <= 1):
+            raise ValueError(f"gpu_memory_utilization={share!r}: must be above 0 and at most 1")
+        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+            if getattr(self, name) != 1:
+                raise ValueError(f"{name}={getattr(self, name)}: only 1 works in this version")
+
+    def resolve(self, model: ModelConfig, cuda: bool) -> "ResolvedConfig":
+        """Settle every None and "auto" for a model, on a machine with or without a GPU."""
+        device = ("cuda" if cuda else "cpu") if self.device == "auto" else self.device
+        on_gpu = device.startswith("cuda")
+        if on_gpu and not cuda:
+            raise ValueError(f"device={device!r}: torch sees no CUDA device here; use device='cpu'")
+        longest = model.max_position_embeddings
+        max_model_len = longest if self.max_model_len is None else self.max_model_len
+        if not 2 <= max_model_len <= longest:
+            raise ValueError(
+                f"max_model_len={max_model_len}: must be from 2 to the model's {longest} positions"
+            )
+        chunked = self.enable_chunked_prefill
+        budget = self.max_num_batched_tokens or (8192 if chunked else max(8192, max_model_len))
+        if not chunked and budget < max_model_len:
+            raise ValueError(
+                f"max_num_batched_tokens={budget} is below max_model_len={max_model_len}: "
+                "a whole prompt must fit a step unless enable_chunked_prefill is on"
+            )
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values |= {
+            "device": device,
+            "dtype": model.dtype if self.dtype == "auto" else self.dtype,
+            "max_model_len": max_model_len,
+            "max_num_batched_tokens": budget,
+            "max_steps_in_flight": self.max_steps_in_flight or (2 if on_gpu else 1),
+        }
+        return ResolvedConfig(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(EngineConfig):
+    """An EngineConfig in which nothing is open but kv_cache_memory_bytes, which is measured."""
+
+    max_model_len: int  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
+    max_num_batched_tokens: int  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
+    max_steps_in_flight: int  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
+
+
+def _check_one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: use one of {', '.join(choices)}")
+
+
+def _check_positive(name: str, value: object, optional: bool) -> None:
+    if value is None and optional:
+        return
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name}={value!r}: must be a positive integer")

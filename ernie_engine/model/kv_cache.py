@@ -1,0 +1,52 @@
+"""The paged K/V tensors of a rank's layers and the arithmetic of their bytes.
+
+Never decides who holds a block (block_pool.py) and never moves one.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KVGeometry:
+    """The shape of one rank's cache: its layers, its K/V heads."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def bytes_per_block(self) -> int:
+        return self.block_size * self.bytes_per_token
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def blocks_in(self, num_bytes: int) -> int:
+        return num_bytes // self.bytes_per_block
+
+
+class KVCache:
+    """K and V of `num_blocks` blocks for every layer, [num_blocks, block_size, Hkv, D] each.
+
+    Zeroed: a padded read of a slot that nothing has written yet must be finite.
+    """
+
+    def __init__(self, geometry: KVGeometry, num_blocks: int, device: torch.device):
+        self.geometry, self.num_blocks = geometry, num_blocks
+        g = geometry
+        shape = (g.num_layers, 2, num_blocks, g.block_size, g.num_kv_heads, g.head_dim)
+        self._data = torch.zeros(shape, dtype=g.dtype, device=device)
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """The K and V caches of the rank's `index`-th layer."""
+        k, v = self._data[index]
+        return k, v

@@ -1,0 +1,85 @@
+"""The feed-forward half of a layer: dense MLP, and mixture of experts with shared ones.
+
+The router is fp32 from its input to its weights, as the model was trained. Never sees a queue or
+a file; kernels come as `ops`, cuts are made by parallel/.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ernie_engine.config import ModelConfig
+from ernie_engine.kernels.registry import Ops
+from ernie_engine.parallel.comm import all_reduce
+from ernie_engine.parallel.layers import (
+    ColumnParallelLinear,
+    ExpertWeights,
+    RowParallelLinear,
+    WeightPart,
+    empty_weight,
+    whole_part,
+)
+from ernie_engine.parallel.mesh import Placement
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)); the dense layers and the shared experts."""
+
+    def __init__(self, hidden_size: int, width: int, ops: Ops, place: Placement):
+        super().__init__()
+        self.ops = ops
+        self.gate_up_proj = ColumnParallelLinear(hidden_size, [width, width], place, ops.linear)
+        self.down_proj = RowParallelLinear(width, hidden_size, place, ops.linear)
+
+    def forward(self, x: Tensor) -> Tensor:  # [T, H] -> [T, H]
+        return self.down_proj(self.ops.swiglu(self.gate_up_proj(x)))
+
+    def parts(self, prefix: str) -> Iterator[WeightPart]:
+        yield from self.gate_up_proj.parts(f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight")
+        yield from self.down_proj.parts(f"{prefix}.down_proj.weight")
+
+
+class Router(nn.Module):
+    """Which experts a token goes to: the bias takes part in the choice, not in the weights."""
+
+    def __init__(self, config: ModelConfig, ops: Ops, place: Placement):
+        super().__init__()
+        self.ops, self.top_k, self.norm_min = ops, config.moe_k, config.moe_norm_min
+        shape = config.moe_num_experts, config.hidden_size
+        self.weight = empty_weight(*shape, place=place, dtype=torch.float32)
+        self.bias = empty_weight(shape[0], place=place, dtype=torch.float32)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, H] -> weights [T, k] in x's dtype, expert ids [T, k]."""
+        return self.ops.router(x, self.weight, self.bias, self.top_k, self.norm_min)
+
+    def parts(self, prefix: str) -> Iterator[WeightPart]:
+        yield whole_part(f"{prefix}.gate.weight", self.weight)
+        name = f"{prefix}.moe_statics.e_score_correction_bias"
+        yield whole_part(name, self.bias, shape=(1, len(self.bias)))
+
+
+class MoE(nn.Module):
+    """The chosen experts' weighted sum, plus the shared experts (one MLP) if there are any."""
+
+    def __init__(self, config: ModelConfig, ops: Ops, place: Placement):
+        super().__init__()
+        self.ops, self.mesh = ops, place.mesh
+        hidden_size, width = config.hidden_size, config.moe_intermediate_size
+        self.gate = Router(config, ops, place)
+        self.experts = ExpertWeights(config.moe_num_experts, hidden_size, width, place)
+        shared_width = width * config.moe_num_shared_experts
+        self.shared_experts = MLP(hidden_size, shared_width, ops, place) if shared_width else None
+
+    def forward(self, x: Tensor) -> Tensor:  # [T, H] -> [T, H]
+        weights, ids = self.gate(x)
+        routed = self.ops.moe_experts(x, self.experts.gate_up, self.experts.down, weights, ids)
+        routed = all_reduce(routed, self.mesh)
+        return routed if self.shared_experts is None else routed + self.shared_experts(x)
+
+    def parts(self, prefix: str) -> Iterator[WeightPart]:
+        yield from self.gate.parts(prefix)
+        yield from self.experts.parts(f"{prefix}.experts")
+        if self.shared_experts is not None:
+            yield from self.shared_experts.parts(f"{prefix}.shared_experts")

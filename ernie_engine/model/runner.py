@@ -1,0 +1,153 @@
+"""StepPlan -> ForwardBatch -> model -> sampler -> StepResult, on one rank's device.
+
+Owns the device state. Knows no queue and decides nothing: it runs plans in the order given.
+launch() and sample() are two calls, so that what a row's sampling waits for never holds the
+forward pass back.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ernie_engine.engine.plan import (
+    NO_LOGPROBS,
+    SamplingPart,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
+from ernie_engine.kernels.registry import Ops
+from ernie_engine.model.batch import ForwardBatch, build_batch
+from ernie_engine.model.ernie import Ernie
+from ernie_engine.model.kv_cache import KVCache
+from ernie_engine.model.sampler import LogprobTensors, Sampler
+from ernie_engine.model.slots import Slots, to_device
+
+PROMPT_LOGITS_CHUNK = 256  # rows of logits held at once while a prompt is scored
+
+
+@dataclass
+class PendingResult:
+    """A step's answer on its way from the device; wait() blocks until it is there."""
+
+    step_id: int
+    tokens: Tensor  # on the host [R], valid once `ready`
+    num_logprobs: Sequence[int]  # a row: how many alternatives, or NO_LOGPROBS
+    logprobs: LogprobTensors | None
+    prompt: list[tuple[int, list[LogprobTensors]]]  # a prompt row: alternatives, its chunks
+    ready: torch.cuda.Event | None = field(repr=False)
+
+    def wait(self) -> StepResult:
+        if self.ready is not None:
+            self.ready.synchronize()
+        rows = [[token] for token in self.tokens.tolist()]
+        logprobs: list[list[TokenLogprobs]] = [[] for _ in rows]
+        if self.logprobs is not None:
+            wanted = [i for i, count in enumerate(self.num_logprobs) if count != NO_LOGPROBS]
+            for i, score in zip(wanted, _scores(self.logprobs), strict=True):
+                logprobs[i] = [_shorten(score, self.num_logprobs[i])]
+        prompt = [
+            [_shorten(score, count) for chunk in chunks for score in _scores(chunk)]
+            for count, chunks in self.prompt
+        ]
+        return StepResult(self.step_id, rows, logprobs, prompt)
+
+
+class ModelRunner:
+    """Runs steps for the requests in `state`, over the blocks of `kv`."""
+
+    def __init__(self, model: Ernie, ops: Ops, state: Slots, kv: KVCache):
+        self.model, self.state, self.kv = model, state, kv
+        self.sampler = Sampler(ops, state)
+        self._launched: tuple[StepPlan, ForwardBatch, Tensor] | None = None
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> None:
+        """Bring the slots up to the plan and run its forward pass."""
+        self.state.apply(plan)
+        batch = build_batch(plan, self.state)
+        self._launched = plan, batch, self.model(batch, self.kv)
+
+    @torch.inference_mode()
+    def sample(self, part: SamplingPart) -> PendingResult:
+        """Draw from the step just launched and start the copy of the answer to the host."""
+        assert self._launched is not None, "sample() follows launch()"
+        plan, batch, hidden = self._launched
+        self._launched = None
+        tokens, logprobs = torch.empty(0, dtype=torch.int64), None
+        slot_ids = [plan.slots[row] for row in part.rows]
+        wanted = [self.state.specs[slot].num_logprobs for slot in slot_ids]
+        if part.rows:
+            tokens, logprobs = self._draw(part.rows, slot_ids, wanted, batch, hidden)
+        prompt = [
+            self._score_prompt(plan.slots[row], row, offset, count, plan, batch, hidden)
+            for row, offset, count in zip(
+                part.prompt_rows, part.prompt_offsets, part.prompt_counts, strict=True
+            )
+        ]
+        ready = None
+        if hidden.is_cuda:
+            ready = torch.cuda.Event()
+            ready.record()
+        return PendingResult(plan.step_id, tokens, wanted, logprobs, prompt, ready)
+
+    def _draw(
+        self,
+        rows: Sequence[int],
+        slot_ids: Sequence[int],
+        wanted: Sequence[int],
+        batch: ForwardBatch,
+        hidden: Tensor,
+    ) -> tuple[Tensor, LogprobTensors | None]:
+        at = to_device(list(rows), torch.int64, hidden.device)
+        slots = batch.slots[at]
+        logits = self.model.logits(hidden[batch.row_ends[at]])
+        tokens = self.sampler.draw(logits, slot_ids, slots)
+        self.state.append(slots, tokens)
+        asking = [i for i, count in enumerate(wanted) if count != NO_LOGPROBS]
+        if not asking:
+            return _to_host(tokens), None
+        chosen = to_device(asking, torch.int64, hidden.device)
+        logprobs = self.sampler.logprobs(logits[chosen], tokens[chosen], max(wanted))
+        return _to_host(tokens), LogprobTensors(*map(_to_host, logprobs))
+
+    def _score_prompt(
+        self,
+        slot: int,
+        row: int,
+        offset: int,
+        count: int,
+        plan: StepPlan,
+        batch: ForwardBatch,
+        hidden: Tensor,
+    ) -> tuple[int, list[LogprobTensors]]:
+        """Log-probabilities of the prompt tokens after `count` of the row's query tokens."""
+        first = sum(plan.num_tokens[:row]) + offset
+        num_top = self.state.specs[slot].num_prompt_logprobs
+        chunks = []
+        for start in range(first, first + count, PROMPT_LOGITS_CHUNK):
+            span = slice(start, min(start + PROMPT_LOGITS_CHUNK, first + count))
+            following = self.state.history[slot, batch.positions[span] + 1].long()
+            scores = self.sampler.logprobs(self.model.logits(hidden[span]), following, num_top)
+            chunks.append(LogprobTensors(*map(_to_host, scores)))
+        return num_top, chunks
+
+
+def _to_host(x: Tensor) -> Tensor:
+    """A host copy; from a GPU it is complete only after the event recorded behind it."""
+    if not x.is_cuda:
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+
+
+def _scores(tensors: LogprobTensors) -> list[TokenLogprobs]:
+    columns = (column.tolist() for column in tensors)
+    return [TokenLogprobs(*values) for values in zip(*columns, strict=True)]
+
+
+def _shorten(score: TokenLogprobs, num_top: int) -> TokenLogprobs:
+    """Rows share one batch of alternatives, as many as the most demanding asked for."""
+    ids, logprobs = score.top_ids[:num_top], score.top_logprobs[:num_top]
+    return TokenLogprobs(score.logprob, score.rank, ids, logprobs)

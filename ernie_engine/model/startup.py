@@ -1,0 +1,166 @@
+"""From a folder to a runner that is ready: configuration, weights, memory.
+
+Start-up values flow once: config resolved -> model filled -> memory measured -> K/V cache made.
+Owns that order and the arithmetic it prints. Runs no request.
+"""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ernie_engine.config import ModelConfig
+from ernie_engine.engine.plan import NewSlot, SamplingPart, SamplingSpec, StepPlan
+from ernie_engine.engine_config import EngineConfig, ResolvedConfig
+from ernie_engine.kernels.registry import select
+from ernie_engine.model.checkpoint import Checkpoint
+from ernie_engine.model.ernie import Ernie
+from ernie_engine.model.kv_cache import KVCache, KVGeometry
+from ernie_engine.model.runner import PROMPT_LOGITS_CHUNK, ModelRunner
+from ernie_engine.model.slots import Slots
+from ernie_engine.model.weights import fill_dummy, load_weights
+from ernie_engine.parallel.mesh import Mesh, Placement
+
+logger = logging.getLogger(__name__)
+GIB = 1 << 30
+CPU_KV_BYTES = 4 * GIB
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model ready to run, and the configuration it came to."""
+
+    config: ResolvedConfig
+    model_config: ModelConfig
+    runner: ModelRunner
+
+
+def open_model(config: EngineConfig) -> OpenedModel:
+    """Load a checkpoint folder. Raises ValueError for what cannot be served, saying why."""
+    folder = Path(config.model)
+    if not folder.is_dir():
+        raise ValueError(f"model={config.model!r} is not a folder with a checkpoint")
+    checkpoint = None if config.load_format == "dummy" else Checkpoint.open(folder)
+    model_config = ModelConfig.from_folder(folder, checkpoint and checkpoint.shapes)
+    config = config.resolve(model_config, cuda=torch.cuda.is_available())
+    device = torch.device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    ops = select(config.kernels, device.type)
+    place = Placement(Mesh(), getattr(torch, config.dtype), device)
+    model = Ernie(model_config, ops, place, config.max_model_len)
+    _fill(model, checkpoint)
+    geometry = KVGeometry(
+        num_layers=model_config.num_hidden_layers,
+        num_kv_heads=model_config.num_key_value_heads,
+        head_dim=model_config.head_dim,
+        block_size=config.block_size,
+        dtype=place.dtype,
+    )
+    slots = Slots(config.max_num_seqs, config.max_model_len, config.block_size, device)
+    num_blocks = _count_blocks(config, geometry, model, slots)
+    kv = KVCache(geometry, num_blocks, device)
+    return OpenedModel(config, model_config, ModelRunner(model, ops, slots, kv))
+
+
+def _fill(model: Ernie, checkpoint: Checkpoint | None) -> None:
+    started, parameters = time.monotonic(), dict(model.named_parameters())
+    if checkpoint is None:
+        fill_dummy(parameters)
+    else:
+        load_weights(model.parts(), parameters, checkpoint)
+    num_bytes = sum(p.nbytes for p in parameters.values())
+    took = time.monotonic() - started
+    made = "made" if checkpoint is None else "loaded"
+    logger.info("weights: %.2f GiB %s in %.1f s", num_bytes / GIB, made, took)
+
+
+def _count_blocks(config: ResolvedConfig, geometry: KVGeometry, model: Ernie, slots: Slots) -> int:
+    """How many K/V blocks there will be; at least one request of full length must fit."""
+    if config.kv_cache_memory_bytes is not None:
+        num_bytes, why = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
+    elif slots.device.type == "cuda":
+        num_bytes, why = _measure_free_memory(config, geometry, model, slots)
+    else:
+        full = config.max_num_seqs * geometry.blocks_for(config.max_model_len)
+        num_bytes = min(CPU_KV_BYTES, full * geometry.bytes_per_block)
+        why = "the CPU default, or max_num_seqs requests of full length"
+    num_blocks = geometry.blocks_in(num_bytes)
+    needed = geometry.blocks_for(config.max_model_len)
+    g, tokens = geometry, num_blocks * geometry.block_size
+    logger.info(
+        "K/V cache: 2 x %d layers x %d heads x %d x %d bytes = %d bytes a token; "
+        "%.2f GiB (%s) -> %d blocks of %d = %d tokens = %.1f x max_model_len %d",
+        *(g.num_layers, g.num_kv_heads, g.head_dim, g.dtype.itemsize, g.bytes_per_token),
+        *(num_bytes / GIB, why, num_blocks, g.block_size, tokens),
+        *(tokens / config.max_model_len, config.max_model_len),
+    )
+    if num_blocks < needed:
+        raise ValueError(
+            f"max_model_len={config.max_model_len} needs {needed} K/V blocks and {num_blocks} fit "
+            f"({why}): lower max_model_len to {tokens} or give the cache more memory"
+        )
+    return num_blocks
+
+
+def _measure_free_memory(
+    config: ResolvedConfig, geometry: KVGeometry, model: Ernie, slots: Slots
+) -> tuple[int, str]:
+    """What gpu_memory_utilization leaves after the largest step the engine can be asked for."""
+    device = slots.device
+    runner = ModelRunner(model, model.ops, slots, KVCache(geometry, 1, device))
+    torch.cuda.reset_peak_memory_stats(device)
+    plan = largest_plan(config)
+    runner.launch(plan)
+    runner.sample(plan.sampling).wait()
+    slots.apply(_release_plan(plan))
+    peak = torch.cuda.max_memory_allocated(device)
+    del runner
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)
+    left = int(total * config.gpu_memory_utilization) - peak - others
+    why = (
+        f"{config.gpu_memory_utilization} x {total / GIB:.1f} GiB - {peak / GIB:.1f} measured peak"
+        f" - {others / GIB:.1f} outside torch"
+    )
+    return max(0, left), why
+
+
+def largest_plan(config: ResolvedConfig) -> StepPlan:
+    """A step with every slot and the whole token budget in use, and one row of full context.
+
+    All rows read the same block 0: what counts is the memory the step takes, not its answer.
+    """
+    budget, max_len = config.max_num_batched_tokens, config.max_model_len
+    num_rows = min(config.max_num_seqs, budget)
+    num_long = min(budget - num_rows + 1, max_len)
+    num_tokens = [1] * (num_rows - 1) + [num_long]
+    table_lens = [1] * (num_rows - 1) + [-(-max_len // config.block_size)]
+    spec = SamplingSpec(
+        top_p=0.9,
+        top_k=50,
+        frequency_penalty=0.1,
+        num_logprobs=config.max_logprobs,
+        num_prompt_logprobs=config.max_logprobs,
+    )
+    num_scored = min(PROMPT_LOGITS_CHUNK, num_long - 1)
+    scoring = ([num_rows - 1], [0], [num_scored]) if num_scored else ((), (), ())
+    return StepPlan(
+        step_id=-1,
+        freed=(),
+        preempted=(),
+        new=[NewSlot(slot, (0,), spec) for slot in range(num_rows)],
+        starts=[(slot, 0) for slot in range(num_rows - 1)] + [(num_rows - 1, max_len - num_long)],
+        slots=range(num_rows),
+        num_tokens=num_tokens,
+        num_new_blocks=table_lens,
+        new_block_ids=[0] * sum(table_lens),
+        sampling=SamplingPart(range(num_rows), *scoring),
+    )
+
+
+def _release_plan(plan: StepPlan) -> StepPlan:
+    return StepPlan(plan.step_id, plan.slots, (), (), (), (), (), (), (), SamplingPart())

@@ -1,0 +1,23 @@
+"""Collectives of the tp axis. With one rank each is the identity. Owns no weight."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ernie_engine.parallel.mesh import Mesh
+
+
+def all_reduce(x: Tensor, mesh: Mesh) -> Tensor:
+    """Sum of `x` over the tp axis, in place."""
+    if mesh.tp_size > 1:
+        dist.all_reduce(x, group=mesh.tp_group)
+    return x
+
+
+def all_gather_last(x: Tensor, mesh: Mesh) -> Tensor:
+    """Concatenation over the tp axis along the last dim: [..., n] -> [..., n * tp_size]."""
+    if mesh.tp_size == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(mesh.tp_size)]
+    dist.all_gather(parts, x.contiguous(), group=mesh.tp_group)
+    return torch.cat(parts, dim=-1)

@@ -1,0 +1,19 @@
+"""Settings that all tests share. HYPOTHESIS_PROFILE=thorough (make test-all) draws more cases."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from tests.tiny import write_tiny
+
+settings.register_profile("quick", max_examples=200, deadline=None)
+settings.register_profile("thorough", max_examples=4000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A folder with the tiny MoE checkpoint of tests/tiny.py."""
+    return write_tiny(tmp_path_factory.mktemp("tiny"))

@@ -1,0 +1,235 @@
+"""Seeded simulation of the mind: random arrivals, aborts and tiny pools at depths 1 to 3."""
+
+import random
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ernie_engine.engine.block_pool import BlockPool
+from ernie_engine.engine.plan import (
+    SamplingSpec,
+    decode_plan,
+    decode_result,
+    encode_plan,
+    encode_result,
+)
+from ernie_engine.engine.request import Request, TokenOutput
+from ernie_engine.engine.scheduler import Limits, Scheduler
+from tests.engine.fake_runner import FakeRunner
+
+VOCAB = 50
+EOS = 0
+
+
+def next_token(history: Sequence[int]) -> int:
+    """What the imagined model says: a function of the whole history, sometimes the end."""
+    return hash(tuple(history)) % VOCAB
+
+
+def expected_answer(request: Request, prompt: Sequence[int]) -> tuple[list[int], str]:
+    tokens = list(prompt)
+    while True:
+        tokens.append(next_token(tokens))
+        if tokens[-1] in request.eos_ids:
+            return tokens[len(prompt) :], "stop"
+        if len(tokens) == request.max_total_tokens:
+            return tokens[len(prompt) :], "length"
+
+
+class Simulation:
+    """A loop like the engine's: `depth` steps in flight, results taken in late."""
+
+    def __init__(self, limits: Limits, num_blocks: int, depth: int):
+        self.pool = BlockPool(num_blocks)
+        self.scheduler = Scheduler(limits, self.pool, digest_key=b"test")
+        self.runner = FakeRunner(num_blocks, limits.block_size, next_token)
+        self.depth = depth
+        self.in_flight = deque()
+        self.outputs: dict[int, list[TokenOutput]] = {}
+        self.num_steps = 0
+
+    def add(self, request: Request) -> None:
+        self.outputs[request.request_id] = []
+        self.scheduler.add(request)
+
+    def abort(self, request: Request) -> None:
+        output = self.scheduler.abort(request)
+        if output is not None:
+            self.outputs[request.request_id].append(output)
+
+    def step(self) -> bool:
+        """One turn; False when there was nothing to do."""
+        plan = self.scheduler.schedule() if len(self.in_flight) < self.depth else None
+        if plan is not None:
+            plan = decode_plan(encode_plan(plan))
+            assert sum(plan.num_tokens) <= self.scheduler.limits.max_num_batched_tokens
+            result = decode_result(encode_result(self.runner.run(plan)))
+            self.in_flight.append((plan, result))
+            self.num_steps += 1
+        if self.in_flight and (plan is None or len(self.in_flight) == self.depth):
+            for output in self.scheduler.commit(*self.in_flight.popleft()):
+                self.outputs[output.request_id].append(output)
+            return True
+        return plan is not None
+
+    def finish(self, limit: int) -> None:
+        while self.step():
+            assert self.num_steps < limit, "a request does not end"
+
+    def answer(self, request_id: int) -> tuple[list[int], str | None]:
+        outputs = self.outputs[request_id]
+        assert all(o.finish_reason is None for o in outputs[:-1]), "an ended request goes on"
+        tokens = [token for output in outputs for token in output.token_ids]
+        return tokens, outputs[-1].finish_reason
+
+    def check_at_rest(self) -> None:
+        assert not self.scheduler.has_requests
+        assert self.pool.num_free == self.pool.num_blocks
+        assert len(self.scheduler._free_slots) == self.scheduler.limits.max_num_seqs
+
+
+@dataclass
+class Case:
+    seed: int
+    depth: int
+    limits: Limits
+    num_blocks: int
+    num_requests: int
+
+
+@st.composite
+def cases(draw) -> Case:
+    block_size = draw(st.sampled_from([1, 2, 4, 16]))
+    chunked = draw(st.booleans())
+    max_len = 40
+    limits = Limits(
+        max_num_seqs=draw(st.integers(1, 6)),
+        max_num_batched_tokens=draw(st.integers(1, 60)) if chunked else 60,
+        block_size=block_size,
+        enable_prefix_caching=draw(st.booleans()),
+        enable_chunked_prefill=chunked,
+    )
+    fewest = -(-max_len // block_size)
+    num_blocks = fewest + draw(st.integers(0, fewest))
+    return Case(draw(st.integers(0, 2**32)), draw(st.integers(1, 3)), limits, num_blocks, 30)
+
+
+def random_request(rng: random.Random, request_id: int) -> Request:
+    shared = [7] * rng.choice([0, 8, 17])  # many prompts begin alike
+    prompt = shared + [rng.randrange(1, VOCAB) for _ in range(rng.randint(1, 12))]
+    total = min(40, len(prompt) + rng.randint(1, 25))
+    eos = frozenset([EOS]) if rng.random() < 0.7 else frozenset()
+    spec = SamplingSpec(num_prompt_logprobs=rng.choice([-1, -1, 0]))
+    return Request(request_id, list(prompt), spec, total, eos)
+
+
+@settings(deadline=None)
+@given(cases())
+def test_every_request_ends_with_its_own_answer_and_nothing_leaks(case: Case):
+    rng = random.Random(case.seed)
+    sim = Simulation(case.limits, case.num_blocks, case.depth)
+    requests, aborted = [], set()
+    while len(requests) < case.num_requests:
+        if rng.random() < 0.4:
+            requests.append(random_request(rng, len(requests)))
+            sim.add(requests[-1])
+        if requests and rng.random() < 0.08:
+            victim = rng.choice(requests)
+            aborted.add(victim.request_id)
+            sim.abort(victim)
+        sim.step()
+    sim.finish(limit=20_000)
+    sim.check_at_rest()
+    for request in requests:
+        prompt = request.token_ids[: request.num_prompt_tokens]
+        tokens, reason = sim.answer(request.request_id)
+        expected, expected_reason = expected_answer(request, prompt)
+        if reason == "abort":
+            assert request.request_id in aborted and tokens == expected[: len(tokens)]
+            continue
+        assert (tokens, reason) == (expected, expected_reason)
+        scores = [s.rank for o in sim.outputs[request.request_id] for s in o.prompt_logprobs]
+        assert scores == (prompt[1:] if request.spec.num_prompt_logprobs >= 0 else [])
+
+
+LIMITS = Limits(max_num_seqs=4, max_num_batched_tokens=64, block_size=4)
+
+
+def one(request_id: int, prompt: Sequence[int], num_tokens: int, **fields) -> Request:
+    return Request(request_id, list(prompt), SamplingSpec(), len(prompt) + num_tokens, **fields)
+
+
+def test_first_come_first_served_and_the_oldest_is_never_preempted():
+    sim = Simulation(LIMITS, num_blocks=10, depth=2)
+    requests = [one(i, range(1 + i, 13 + i), 20) for i in range(4)]
+    for request in requests:
+        sim.add(request)
+    sim.finish(limit=500)
+    ends = [sim.outputs[i][-1].finish_reason for i in range(4)]
+    assert ends == ["length"] * 4
+    assert requests[0].num_preemptions == 0
+    assert sim.scheduler.counters.num_preemptions > 0
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_step_in_flight_costs_no_extra_step_when_the_length_is_known(depth):
+    sim = Simulation(LIMITS, num_blocks=64, depth=depth)
+    sim.add(one(0, [1, 2, 3], 10))
+    sim.finish(limit=100)
+    assert sim.num_steps == 10
+
+
+def test_equal_prompts_share_blocks_even_within_one_step():
+    sim = Simulation(LIMITS, num_blocks=64, depth=1)
+    prompt = list(range(1, 18))
+    for i in range(3):
+        sim.add(one(i, prompt, 1))
+    sim.finish(limit=10)
+    assert sim.runner.num_prefilled == 17 + 1 + 1  # 4 blocks of 4 shared, one token left each
+    assert sim.outputs[2][0].num_cached_tokens == 16
+
+
+def test_prefix_caching_can_be_turned_off():
+    limits = replace(LIMITS, enable_prefix_caching=False)
+    sim = Simulation(limits, num_blocks=64, depth=1)
+    for i in range(2):
+        sim.add(one(i, range(1, 18), 1))
+    sim.finish(limit=10)
+    assert sim.runner.num_prefilled == 2 * 17
+
+
+def test_a_long_prompt_is_read_in_chunks_beside_running_requests():
+    limits = replace(LIMITS, max_num_batched_tokens=8)
+    sim = Simulation(limits, num_blocks=64, depth=1)
+    sim.add(one(0, [1, 2], 12))
+    sim.step()
+    sim.add(one(1, range(1, 33), 2))
+    while not sim.outputs[1]:
+        before = len(sim.outputs[0])
+        sim.step()
+        assert len(sim.outputs[0]) == before + 1  # the running request never waits
+    assert sim.runner.num_prefilled >= 34
+
+
+def test_stop_ids_end_an_answer_and_are_named():
+    tokens, _ = expected_answer(one(0, [5, 6], 20), [5, 6])
+    sim = Simulation(LIMITS, num_blocks=64, depth=3)
+    sim.add(one(0, [5, 6], 20, stop_ids=frozenset([tokens[3]])))
+    sim.finish(limit=100)
+    ended = tokens.index(tokens[3]) + 1
+    assert sim.answer(0) == (tokens[:ended], "stop")
+    assert sim.outputs[0][-1].stop_token_id == tokens[3]
+
+
+def test_results_out_of_order_are_refused():
+    sim = Simulation(LIMITS, num_blocks=64, depth=1)
+    sim.add(one(0, [1], 3))
+    plan = sim.scheduler.schedule()
+    assert plan is not None
+    result = replace(sim.runner.run(plan), step_id=7)
+    with pytest.raises(RuntimeError, match="out of order"):
+        sim.scheduler.commit(plan, result)

@@ -1,0 +1,99 @@
+"""What all tests of ops share: the cases, the comparison with fp64, poisoned memory.
+
+A test that takes an argument named as an op runs once for every (implementation, device) of
+that op, with `device` beside it, and for every dtype if it takes `dtype`; one that takes `ops`
+gets all ops of one implementation. A new one in the registry is tested with no change here.
+"""
+
+import pytest
+import torch
+
+from ernie_engine.kernels.registry import IMPLEMENTATIONS, select
+
+HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {"torch": (torch.float64, *HALF_AND_SINGLE)}  # others: HALF_AND_SINGLE
+NEEDS_CUDA = (
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+)
+DEVICES = {"cpu": (), "cuda": NEEDS_CUDA}
+
+# Relative RMS error of a row against fp64: about one unit in the last place of the half types;
+# for the others some units, since their sums are not wider than themselves.
+TOLERANCE = {
+    torch.float64: 1e-14,
+    torch.float32: 1e-6,
+    torch.bfloat16: 2**-7,
+    torch.float16: 2**-10,
+}
+
+
+def implementations_of(argument):
+    """Implementation -> what a test that takes `argument`, an op's name or "ops", is given."""
+    if argument != "ops":
+        return IMPLEMENTATIONS[argument]
+    complete = set.intersection(*(set(names) for names in IMPLEMENTATIONS.values()))
+    return {name: select(name, "cpu") for name in sorted(complete)}
+
+
+def pytest_generate_tests(metafunc):
+    wanted = [name for name in (*IMPLEMENTATIONS, "ops") if name in metafunc.fixturenames]
+    if not wanted:
+        return
+    (argument,) = wanted
+    with_dtype = "dtype" in metafunc.fixturenames
+    cases = []
+    for name, function in implementations_of(argument).items():
+        for device, marks in DEVICES.items():
+            for dtype in DTYPES.get(name, HALF_AND_SINGLE) if with_dtype else [None]:
+                values = (function, device, dtype) if with_dtype else (function, device)
+                label = "-".join([name, device, *([str(dtype)[6:]] if with_dtype else [])])
+                cases.append(pytest.param(*values, marks=marks, id=label))
+    metafunc.parametrize((argument, "device", "dtype")[: 2 + with_dtype], cases)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Uninitialised memory holds NaN (or a huge integer): what is not written shows."""
+
+    def poisoned(allocate):
+        def allocate_poisoned(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            if tensor.is_floating_point():
+                return tensor.fill_(torch.nan)
+            return (
+                tensor
+                if tensor.dtype == torch.bool
+                else tensor.fill_(torch.iinfo(tensor.dtype).max)
+            )
+
+        return allocate_poisoned
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def randn(device, dtype):
+    """Normal numbers in the case's dtype on its device; the same numbers on every device."""
+    return lambda *shape: torch.randn(*shape).to(device, dtype)
+
+
+@pytest.fixture
+def assert_near():
+    """Every row (last dim) of `out` is as near to the fp64 `ref` as `like`, its dtype, allows."""
+
+    def check(out, ref, like=None, factor=1.0):
+        assert out.shape == ref.shape
+        assert ref.dtype == torch.float64
+        error = (out.double().cpu() - ref).norm(dim=-1)
+        limit = TOLERANCE[like or out.dtype] * factor * ref.norm(dim=-1)
+        assert (error <= limit).all(), f"worst row: {(error / limit).max():.2f} x the tolerance"
+
+    return check

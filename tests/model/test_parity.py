@@ -1,0 +1,129 @@
+"""The engine against transformers: greedy tokens, log-probabilities, error in bf16."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ernie_engine import Engine, SamplingParams
+from ernie_engine.engine.plan import NewSlot, SamplingPart, SamplingSpec, StepPlan
+from ernie_engine.engine_config import EngineConfig
+from ernie_engine.kernels.registry import Ops
+from ernie_engine.model.moe import Router
+from ernie_engine.model.startup import open_model
+from tests.reference import (
+    GEOMETRIES,
+    MOE,
+    Geometry,
+    greedy,
+    load_reference,
+    logits,
+    write_reference,
+)
+
+NUM_TOKENS = 64
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [7], list(range(10, 60))]
+BIASED = GEOMETRIES["large router bias"]
+
+
+def forward(model_folder, dtype: str, tokens: list[int], change=None) -> torch.Tensor:
+    """The engine's logits [T, V] for one prompt in one step; `change` may tamper with the model."""
+    opened = open_model(EngineConfig(model=str(model_folder), dtype=dtype, device="cpu"))
+    if change is not None:
+        change(opened.runner.model)
+    num_blocks = -(-len(tokens) // 16)
+    plan = StepPlan(
+        *(0, (), (), [NewSlot(0, tokens, SamplingSpec())], [(0, 0)], [0], [len(tokens)]),
+        *([num_blocks], list(range(num_blocks)), SamplingPart()),
+    )
+    opened.runner.launch(plan)
+    _, _, hidden = opened.runner._launched
+    with torch.inference_mode():
+        return opened.runner.model.logits(hidden)
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_greedy_tokens_and_logprobs_equal_in_fp32(tmp_path, name):
+    shape = GEOMETRIES[name]
+    write_reference(tmp_path, shape, torch.float32)
+    model = load_reference(tmp_path, shape, torch.float32)
+    params = SamplingParams(
+        max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True, logprobs=0, prompt_logprobs=0
+    )
+    with Engine(tmp_path, device="cpu", dtype="float32") as engine:
+        outputs = engine.generate(PROMPTS, params, use_tqdm=False)
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        answer = output.outputs[0]
+        assert answer.token_ids == greedy(model, prompt, NUM_TOKENS)
+        tokens = torch.tensor(prompt + answer.token_ids)
+        expected = logits(model, tokens.tolist()).log_softmax(-1)[:-1]
+        expected = expected.gather(1, tokens[1:, None])[:, 0]
+        scores = output.prompt_logprobs[1:] + answer.logprobs
+        got = torch.tensor([s[t].logprob for s, t in zip(scores, tokens[1:].tolist(), strict=True)])
+        assert (got - expected).abs().max() < 1e-4
+
+
+def drop_bias(router: Router) -> None:
+    router.bias.data.zero_()
+
+
+def round_bias(router: Router) -> None:
+    router.bias.data.copy_(router.bias.bfloat16())
+
+
+def add_bias_to_weights(router: Router) -> None:
+    right = router.ops.router
+
+    def wrong(x, weight, bias, top_k, norm_min):
+        _, ids = right(x, weight, bias, top_k, norm_min)
+        scores = ((x.float() @ weight.T).softmax(-1) + bias).gather(1, ids)
+        return (scores / scores.sum(-1, keepdim=True)).to(x.dtype), ids
+
+    router.ops = replace(router.ops, router=wrong)
+
+
+@pytest.mark.parametrize("fault", [drop_bias, round_bias, add_bias_to_weights])
+def test_a_wrong_use_of_the_router_bias_shows(tmp_path, fault):
+    """The check of the test above, with a fault planted in the engine, must fail."""
+    write_reference(tmp_path, BIASED, torch.float32)
+    model = load_reference(tmp_path, BIASED, torch.float32)
+    tokens = [(7 * i) % BIASED.config["vocab_size"] for i in range(64)]
+    expected = logits(model, tokens)
+
+    def plant(engine_model) -> None:
+        for module in engine_model.modules():
+            if isinstance(module, Router):
+                assert isinstance(module.ops, Ops)
+                fault(module)
+
+    right, wrong = forward(tmp_path, "float32", tokens), forward(tmp_path, "float32", tokens, plant)
+    assert (right - expected).abs().max() < 1e-4
+    assert (wrong - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["dense, q width != hidden", "moe, two shared experts"])
+def test_error_in_bf16_is_not_above_transformers(tmp_path, name):
+    """Root-mean-square error of all logits against an fp64 run of the same bf16 weights."""
+    shape = GEOMETRIES[name]
+    write_reference(tmp_path, shape, torch.bfloat16)
+    exact_model = load_reference(tmp_path, shape, torch.float64)
+    rounded_model = load_reference(tmp_path, shape, torch.bfloat16)
+    ours, theirs = [], []
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(shape.config["vocab_size"], (200,), generator=generator).tolist()
+        exact = logits(exact_model, tokens)
+        ours.append(forward(tmp_path, "bfloat16", tokens).double() - exact)
+        theirs.append(logits(rounded_model, tokens).double() - exact)
+    error, allowed = (torch.cat(e).square().mean().sqrt() for e in (ours, theirs))
+    assert error <= 1.2 * allowed
+    assert allowed < 0.1 * exact.std()  # else the reference itself would say nothing
+
+
+def test_the_router_stays_fp32_in_a_bf16_model(tmp_path):
+    write_reference(tmp_path, Geometry(MOE, bias_mean=20.0, bias_spread=0.02), torch.bfloat16)
+    opened = open_model(EngineConfig(model=str(tmp_path), device="cpu"))
+    parameters = dict(opened.runner.model.named_parameters())
+    dtypes = {name: p.dtype for name, p in parameters.items() if ".gate." in name}
+    assert len(dtypes) == 6 and set(dtypes.values()) == {torch.float32}
+    assert parameters["layers.1.mlp.experts.gate_up"].dtype == torch.bfloat16

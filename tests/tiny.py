@@ -1,0 +1,33 @@
+"""The small random checkpoint that engine tests share, and how they open it."""
+
+from pathlib import Path
+from typing import Any
+
+from ernie_engine import Engine
+from ernie_engine.testing.checkpoints import write_checkpoint
+from ernie_engine.testing.spec import CheckpointSpec
+
+SPEC = CheckpointSpec(
+    dtype="float32",
+    hidden_size=64,
+    moe_intermediate_size=32,
+    intermediate_size=96,
+    vocab_size=700,
+    max_position_embeddings=512,
+    router_bias_mean=20.0,
+)
+
+
+def write_tiny(folder: Path) -> Path:
+    return write_checkpoint(folder, SPEC)
+
+
+def open_engine(folder: Path, **fields: Any) -> Engine:
+    """An fp32 engine on the CPU with few slots and blocks; any field can be changed."""
+    small = {"device": "cpu", "max_num_seqs": 8, "kv_cache_memory_bytes": 4 << 20}
+    return Engine(folder, **{**small, **fields})
+
+
+def token_ids(outputs) -> list[list[list[int]]]:
+    """[prompt][choice][token]"""
+    return [[choice.token_ids for choice in output.outputs] for output in outputs]
