@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "ernie_engine"
-MIND = {"plan", "request", "block_pool", "scheduler"}
+MIND = {"columns", "plan", "request", "block_pool", "scheduler"}
 
 # room -> rooms it may import from (itself always)
 MAY_SEE = {

@@ -3,26 +3,21 @@
 Non-streaming is a fold over streaming. Text is made in the caller's thread, steps in the loop's.
 """
 
-import itertools
 import logging
-import secrets
+import queue
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from tqdm import tqdm
 
-from ernie_engine.engine.block_pool import BlockPool
-from ernie_engine.engine.intake import Intake, Job, Message, Prompt
-from ernie_engine.engine.loop import EngineDeadError, EngineLoop, Sink
-from ernie_engine.engine.request import Piece, RequestOutput, SamplingParams
-from ernie_engine.engine.scheduler import Limits, Scheduler
+from ernie_engine.engine.core import EngineCore, make_intake
+from ernie_engine.engine.intake import Job, Message, Prompt
+from ernie_engine.engine.loop import EngineDeadError, EngineLoop
+from ernie_engine.engine.request import Piece, RequestOutput, SamplingParams, TokenOutput
 from ernie_engine.engine_config import EngineConfig
-from ernie_engine.model.startup import OpenedModel, open_model
-from ernie_engine.text.generation import load_generation_defaults, stop_token_ids
-from ernie_engine.text.templates import load_chat_template
-from ernie_engine.text.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger("ernie_engine")
 
@@ -37,15 +32,11 @@ class Engine:
 
     def __init__(self, model: str | Path, **fields: Any):
         _show_log()
-        opened = open_model(EngineConfig(model=str(model), **fields))
-        self.config, self.model_config = opened.config, opened.model_config
-        self.num_kv_blocks = opened.runner.kv.num_blocks
-        folder = Path(self.config.model)
-        self.tokenizer = load_tokenizer(folder)
-        self._intake = _make_intake(opened, folder, self.tokenizer)
-        self._loop = EngineLoop(
-            _make_scheduler(opened), opened.runner, self.config.max_steps_in_flight
-        )
+        self._core = EngineCore(EngineConfig(model=str(model), **fields))
+        self._loop = self._core.loop
+        self.config, self.model_config = self._core.config, self._core.model_config
+        self._intake = make_intake(self.config, self.model_config)
+        self.tokenizer = self._intake.tokenizer
 
     def generate(
         self,
@@ -94,7 +85,7 @@ class Engine:
 
     def close(self) -> None:
         """End open requests (finish_reason "abort") and the loop. Twice does no harm."""
-        self._loop.close()
+        self._core.close()
 
     def __enter__(self) -> Self:
         return self
@@ -122,7 +113,9 @@ class Session:
     """The running answers of some jobs: yields (job's index, piece). close() aborts the rest."""
 
     def __init__(self, loop: EngineLoop, jobs: Sequence[Job]):
-        self._loop, self._sink = loop, Sink()
+        self._loop = loop
+        self._sink: queue.SimpleQueue[Sequence[TokenOutput] | EngineDeadError] = queue.SimpleQueue()
+        self._came: deque[TokenOutput] = deque()
         self._open = {
             request.request_id: (index, assembler)
             for index, job in enumerate(jobs)
@@ -135,10 +128,7 @@ class Session:
 
     def __next__(self) -> tuple[int, Piece]:
         while self._open:
-            output = self._sink.get()
-            if isinstance(output, EngineDeadError):
-                self._open.clear()
-                raise EngineDeadError(str(output)) from output.__cause__
+            output = self._next_output()
             if output.request_id not in self._open:
                 continue  # drawn after a stop string had ended the answer
             index, assembler = self._open[output.request_id]
@@ -149,6 +139,15 @@ class Session:
                     self._loop.abort([output.request_id])
             return index, piece
         raise StopIteration
+
+    def _next_output(self) -> TokenOutput:
+        while not self._came:
+            batch = self._sink.get()
+            if isinstance(batch, EngineDeadError):
+                self._open.clear()
+                raise EngineDeadError(str(batch)) from batch.__cause__
+            self._came.extend(batch)
+        return self._came.popleft()
 
     def close(self) -> None:
         if self._open:
@@ -183,32 +182,6 @@ class Stream(Iterator[Piece]):
 
     def __del__(self) -> None:
         self._session.close()
-
-
-def _make_scheduler(opened: OpenedModel) -> Scheduler:
-    config = opened.config
-    limits = Limits(
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        block_size=config.block_size,
-        enable_prefix_caching=config.enable_prefix_caching,
-        enable_chunked_prefill=config.enable_chunked_prefill,
-    )
-    return Scheduler(limits, BlockPool(opened.runner.kv.num_blocks), secrets.token_bytes(32))
-
-
-def _make_intake(opened: OpenedModel, folder: Path, tokenizer: Tokenizer | None) -> Intake:
-    defaults = load_generation_defaults(folder)
-    return Intake(
-        vocab_size=opened.model_config.vocab_size,
-        max_model_len=opened.config.max_model_len,
-        max_logprobs=opened.config.max_logprobs,
-        tokenizer=tokenizer,
-        template=load_chat_template(folder, tokenizer),
-        defaults=defaults,
-        eos_ids=stop_token_ids(defaults, tokenizer, opened.model_config.eos_token_ids),
-        ids=itertools.count(),
-    )
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

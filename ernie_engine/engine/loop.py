@@ -43,7 +43,10 @@ class Runner(Protocol):
     def sample(self, part: SamplingPart) -> Pending: ...
 
 
-Sink = queue.SimpleQueue  # of TokenOutput, or of the EngineDeadError that ends it
+class Sink(Protocol):
+    """Where outputs go: all that one step brought it, at once; EngineDeadError is the last."""
+
+    def put(self, item: Sequence[TokenOutput] | EngineDeadError, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ class EngineLoop:
             if request_id in self._open:
                 output = self._scheduler.abort(self._open[request_id][0])
                 assert output is not None, "an ended request is not open"
-                self._deliver(output)
+                self._deliver([output])
 
     def _turn(self) -> None:
         """Launch a step if one may still go out, take in the oldest if none did or enough have."""
@@ -150,11 +153,15 @@ class EngineLoop:
         if self._in_flight and (plan is None or len(self._in_flight) == self._depth):
             done, pending = self._in_flight.popleft()
             result = decode_result(encode_result(pending.wait()))
-            for output in self._scheduler.commit(done, result):
-                self._deliver(output)
+            self._deliver(self._scheduler.commit(done, result))
 
-    def _deliver(self, output: TokenOutput) -> None:
-        _, sink = self._open[output.request_id]
-        if output.finish_reason is not None:
-            del self._open[output.request_id]
-        sink.put(output)
+    def _deliver(self, outputs: Iterable[TokenOutput]) -> None:
+        """Hand each sink its outputs in one piece."""
+        by_sink: dict[int, tuple[Sink, list[TokenOutput]]] = {}
+        for output in outputs:
+            _, sink = self._open[output.request_id]
+            if output.finish_reason is not None:
+                del self._open[output.request_id]
+            by_sink.setdefault(id(sink), (sink, []))[1].append(output)
+        for sink, batch in by_sink.values():
+            sink.put(batch)

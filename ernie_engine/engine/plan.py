@@ -5,11 +5,11 @@ Owns the meaning and the bytes of both. Never holds a queue, a tensor or a decis
 delta: whatever a rank already knows about a slot is not said again.
 """
 
-import struct
-from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
+
+from ernie_engine.engine.columns import ColumnReader, ColumnWriter
 
 NO_LOGPROBS = -1  # SamplingSpec.num_logprobs: none are wanted (0 means: of the sampled token only)
 MASK64 = (1 << 64) - 1
@@ -105,72 +105,11 @@ class StepResult:
     prompt_logprobs: Sequence[Sequence[TokenLogprobs]]  # a prompt row: one for each token scored
 
 
-# --- the codec: two columns, all integers and all floats, each read in the order written ---
-
-_HEADER = struct.Struct("<4sII")
-
-
-class _Writer:
-    def __init__(self, kind: bytes):
-        self.kind, self.ints, self.floats = kind, array("q"), array("d")
-
-    def int_list(self, values: Sequence[int]) -> None:
-        self.ints.append(len(values))
-        self.ints.extend(values)
-
-    def float_list(self, values: Sequence[float]) -> None:
-        self.ints.append(len(values))
-        self.floats.extend(values)
-
-    def done(self) -> bytes:
-        header = _HEADER.pack(self.kind, len(self.ints), len(self.floats))
-        return header + self.ints.tobytes() + self.floats.tobytes()
-
-
-class _Reader:
-    def __init__(self, kind: bytes, data: bytes):
-        if len(data) < _HEADER.size:
-            raise ValueError(f"a {kind.decode()} frame of {len(data)} bytes has no header")
-        found, num_ints, num_floats = _HEADER.unpack_from(data)
-        if found != kind or len(data) != _HEADER.size + 8 * (num_ints + num_floats):
-            raise ValueError(f"not a {kind.decode()} frame, or cut short: {len(data)} bytes")
-        middle = _HEADER.size + 8 * num_ints
-        self.ints, self.floats = array("q"), array("d")
-        self.ints.frombytes(data[_HEADER.size : middle])
-        self.floats.frombytes(data[middle:])
-        self.kind, self.int_at, self.float_at = kind.decode(), 0, 0
-
-    def one(self) -> int:
-        return self._take(1)[0]
-
-    def int_list(self) -> list[int]:
-        return self._take(self.one()).tolist()
-
-    def float_list(self) -> list[float]:
-        return self.take_floats(self.one())
-
-    def _take(self, count: int) -> "array[int]":
-        at, self.int_at = self.int_at, self.int_at + count
-        if not at <= self.int_at <= len(self.ints):
-            raise ValueError(f"a {self.kind} frame counts more entries than it has")
-        return self.ints[at : self.int_at]
-
-    def take_floats(self, count: int) -> list[float]:
-        at, self.float_at = self.float_at, self.float_at + count
-        if not at <= self.float_at <= len(self.floats):
-            raise ValueError(f"a {self.kind} frame counts more entries than it has")
-        return self.floats[at : self.float_at].tolist()
-
-    def end(self) -> None:
-        if (self.int_at, self.float_at) != (len(self.ints), len(self.floats)):
-            raise ValueError(f"a {self.kind} frame has entries that nothing reads")
-
-
 _SPEC_FIELDS = [f.name for f in fields(SamplingSpec)]
 _SPEC_FLOATS, _SPEC_INTS = _SPEC_FIELDS[:6], _SPEC_FIELDS[6:11]
 
 
-def _write_new(out: _Writer, new: NewSlot) -> None:
+def _write_new(out: ColumnWriter, new: NewSlot) -> None:
     spec = new.spec
     out.ints.append(new.slot)
     out.int_list(new.token_ids)
@@ -181,16 +120,16 @@ def _write_new(out: _Writer, new: NewSlot) -> None:
     out.float_list(spec.bias_values)
 
 
-def _read_new(data: _Reader) -> NewSlot:
+def _read_new(data: ColumnReader) -> NewSlot:
     slot, token_ids = data.one(), data.int_list()
-    values = [*data.take_floats(len(_SPEC_FLOATS)), *(data.one() for _ in _SPEC_INTS)]
+    values = [*data.take_floats(len(_SPEC_FLOATS)), *data.take_ints(len(_SPEC_INTS))]
     lists = tuple(data.int_list()), tuple(data.int_list()), tuple(data.float_list())
     return NewSlot(slot, token_ids, SamplingSpec(*values, *lists))  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 def encode_plan(plan: StepPlan) -> bytes:
     """The plan's frame; decode_plan is its inverse."""
-    out = _Writer(b"plan")
+    out = ColumnWriter(b"plan")
     out.ints.append(plan.step_id)
     out.int_list(plan.freed)
     out.int_list(plan.preempted)
@@ -208,7 +147,7 @@ def encode_plan(plan: StepPlan) -> bytes:
 
 def decode_plan(data: bytes) -> StepPlan:
     """Raises ValueError on a frame that is no plan or is cut short."""
-    frame = _Reader(b"plan", data)
+    frame = ColumnReader(b"plan", data)
     step_id, freed, preempted = frame.one(), frame.int_list(), frame.int_list()
     new = [_read_new(frame) for _ in range(frame.one())]
     flat = frame.int_list()
@@ -220,7 +159,7 @@ def decode_plan(data: bytes) -> StepPlan:
     return StepPlan(step_id, freed, preempted, new, starts, *rows, part)
 
 
-def _write_logprobs(out: _Writer, rows: Iterable[Sequence[TokenLogprobs]]) -> None:
+def _write_logprobs(out: ColumnWriter, rows: Iterable[Sequence[TokenLogprobs]]) -> None:
     for row in rows:
         out.ints.append(len(row))
         for token in row:
@@ -230,11 +169,11 @@ def _write_logprobs(out: _Writer, rows: Iterable[Sequence[TokenLogprobs]]) -> No
             out.floats.extend(token.top_logprobs)
 
 
-def _read_logprobs(data: _Reader, num_rows: int) -> list[list[TokenLogprobs]]:
+def _read_logprobs(data: ColumnReader, num_rows: int) -> list[list[TokenLogprobs]]:
     return [[_read_token(data) for _ in range(data.one())] for _ in range(num_rows)]
 
 
-def _read_token(data: _Reader) -> TokenLogprobs:
+def _read_token(data: ColumnReader) -> TokenLogprobs:
     (logprob,) = data.take_floats(1)
     rank, top_ids = data.one(), data.int_list()
     return TokenLogprobs(logprob, rank, top_ids, data.take_floats(len(top_ids)))
@@ -242,7 +181,7 @@ def _read_token(data: _Reader) -> TokenLogprobs:
 
 def encode_result(result: StepResult) -> bytes:
     """The result's frame; decode_result is its inverse."""
-    out = _Writer(b"done")
+    out = ColumnWriter(b"done")
     out.ints.append(result.step_id)
     out.int_list([len(row) for row in result.token_ids])
     out.int_list([token for row in result.token_ids for token in row])
@@ -254,7 +193,7 @@ def encode_result(result: StepResult) -> bytes:
 
 def decode_result(data: bytes) -> StepResult:
     """Raises ValueError on a frame that is no result or is cut short."""
-    frame = _Reader(b"done", data)
+    frame = ColumnReader(b"done", data)
     step_id, counts = frame.one(), frame.int_list()
     flat = iter(frame.int_list())
     token_ids = [list(islice(flat, count)) for count in counts]

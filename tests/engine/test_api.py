@@ -20,7 +20,7 @@ def engine(tiny):
 
 
 def scheduler_of(engine):
-    return engine._loop._scheduler
+    return engine._core.scheduler
 
 
 def wait_until_idle(engine, seconds: float = 10.0) -> None:

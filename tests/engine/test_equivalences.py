@@ -86,9 +86,9 @@ def test_preempted_equals_not(tiny, alone, depth):
         "max_steps_in_flight": depth,
     }
     with open_engine(tiny, **fields) as engine:
-        assert engine.num_kv_blocks == 12
+        assert engine._core.num_kv_blocks == 12
         assert token_ids(engine.generate(prompts(), params_mix())) == alone
-        assert engine._loop._scheduler.counters.num_preemptions > 0
+        assert engine._core.scheduler.counters.num_preemptions > 0
 
 
 def test_three_choices_equal_three_requests_with_the_derived_seeds(tiny):
