@@ -2,6 +2,7 @@
 
 from ernie_engine.engine.engine import Engine, Stream
 from ernie_engine.engine.loop import EngineDeadError
+from ernie_engine.engine.plan import derived_seed
 from ernie_engine.engine.request import (
     CompletionOutput,
     Logprob,
@@ -22,4 +23,5 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "Stream",
+    "derived_seed",
 ]

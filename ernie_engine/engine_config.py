@@ -23,7 +23,7 @@ class EngineConfig:
 
     model: str  # the checkpoint's folder
     dtype: str = "auto"  # of weights and activations; auto: the checkpoint's
-    device: str = "auto"  # "cpu", "cuda", "cuda:N"; auto: a GPU if there is one
+    device: str = "auto"  # "cpu", "cuda" (the first), "cuda:N"; auto: a GPU if there is one
     load_format: str = "auto"  # auto: safetensors; dummy: random weights, for speed only
     kernels: str = "auto"  # implementation of the ops, see kernels/registry.py
     max_model_len: int | None = None  # prompt and answer; None: the model's
@@ -61,7 +61,8 @@ class EngineConfig:
 
     def resolve(self, model: ModelConfig, cuda: bool) -> "ResolvedConfig":
         """Settle every None and "auto" for a model, on a machine with or without a GPU."""
-        device = ("cuda" if cuda else "cpu") if self.device == "auto" else self.device
+        names = {"auto": "cuda:0" if cuda else "cpu", "cuda": "cuda:0"}
+        device = names.get(self.device, self.device)
         on_gpu = device.startswith("cuda")
         if on_gpu and not cuda:
             raise ValueError(f"device={device!r}: torch sees no CUDA device here; use device='cpu'")

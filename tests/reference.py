@@ -116,7 +116,7 @@ def load_reference(folder: Path, shape: Geometry, dtype: torch.dtype):
 @torch.no_grad()
 def greedy(model, prompt: Sequence[int], num_tokens: int) -> list[int]:
     model.generation_config.eos_token_id = None  # the length alone ends it
-    ids = torch.tensor([list(prompt)])
+    ids = torch.tensor([list(prompt)], device=model.device)
     seen = torch.ones_like(ids)  # or generate() would take token 0 for padding
     out = model.generate(ids, attention_mask=seen, max_new_tokens=num_tokens, do_sample=False)
     return out[0, len(prompt) :].tolist()
@@ -125,4 +125,4 @@ def greedy(model, prompt: Sequence[int], num_tokens: int) -> list[int]:
 @torch.no_grad()
 def logits(model, tokens: Sequence[int]) -> torch.Tensor:
     """[T, V] in the model's dtype."""
-    return model(torch.tensor([list(tokens)])).logits[0]
+    return model(torch.tensor([list(tokens)], device=model.device)).logits[0]

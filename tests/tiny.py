@@ -1,5 +1,9 @@
-"""The small random checkpoint that engine tests share, and how they open it."""
+"""The small random checkpoint that engine tests share, and how they open it.
 
+ERNIE_TEST_DEVICE=cuda runs all of them on a GPU instead.
+"""
+
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +27,9 @@ def write_tiny(folder: Path) -> Path:
 
 
 def open_engine(folder: Path, **fields: Any) -> Engine:
-    """An fp32 engine on the CPU with few slots and blocks; any field can be changed."""
-    small = {"device": "cpu", "max_num_seqs": 8, "kv_cache_memory_bytes": 4 << 20}
+    """An fp32 engine with few slots and blocks; any field can be changed."""
+    device = os.environ.get("ERNIE_TEST_DEVICE", "cpu")
+    small = {"device": device, "max_num_seqs": 8, "kv_cache_memory_bytes": 4 << 20}
     return Engine(folder, **{**small, **fields})
 
 

@@ -66,6 +66,8 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> None:
         """Bring the slots up to the plan and run its forward pass."""
+        if self.state.device.type == "cuda":
+            torch.cuda.set_device(self.state.device)  # of this thread, which may be a new one
         self.state.apply(plan)
         batch = build_batch(plan, self.state)
         self._launched = plan, batch, self.model(batch, self.kv)

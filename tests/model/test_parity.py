@@ -26,9 +26,13 @@ PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [7], list(range(10, 60))]
 BIASED = GEOMETRIES["large router bias"]
 
 
-def forward(model_folder, dtype: str, tokens: list[int], change=None) -> torch.Tensor:
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def forward(folder, dtype: str, tokens: list[int], device="cpu", change=None) -> torch.Tensor:
     """The engine's logits [T, V] for one prompt in one step; `change` may tamper with the model."""
-    opened = open_model(EngineConfig(model=str(model_folder), dtype=dtype, device="cpu"))
+    small = {"max_num_seqs": 4, "kv_cache_memory_bytes": 4 << 20}
+    opened = open_model(EngineConfig(model=str(folder), dtype=dtype, device=device, **small))
     if change is not None:
         change(opened.runner.model)
     num_blocks = -(-len(tokens) // 16)
@@ -42,21 +46,22 @@ def forward(model_folder, dtype: str, tokens: list[int], change=None) -> torch.T
         return opened.runner.model.logits(hidden)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_greedy_tokens_and_logprobs_equal_in_fp32(tmp_path, name):
+def test_greedy_tokens_and_logprobs_equal_in_fp32(tmp_path, name, device):
     shape = GEOMETRIES[name]
     write_reference(tmp_path, shape, torch.float32)
-    model = load_reference(tmp_path, shape, torch.float32)
+    model = load_reference(tmp_path, shape, torch.float32).to(device)
     params = SamplingParams(
         max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True, logprobs=0, prompt_logprobs=0
     )
-    with Engine(tmp_path, device="cpu", dtype="float32") as engine:
+    with Engine(tmp_path, device=device, dtype="float32", max_num_seqs=8) as engine:
         outputs = engine.generate(PROMPTS, params, use_tqdm=False)
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         answer = output.outputs[0]
         assert answer.token_ids == greedy(model, prompt, NUM_TOKENS)
         tokens = torch.tensor(prompt + answer.token_ids)
-        expected = logits(model, tokens.tolist()).log_softmax(-1)[:-1]
+        expected = logits(model, tokens.tolist()).cpu().log_softmax(-1)[:-1]
         expected = expected.gather(1, tokens[1:, None])[:, 0]
         scores = output.prompt_logprobs[1:] + answer.logprobs
         got = torch.tensor([s[t].logprob for s, t in zip(scores, tokens[1:].tolist(), strict=True)])
@@ -96,25 +101,28 @@ def test_a_wrong_use_of_the_router_bias_shows(tmp_path, fault):
                 assert isinstance(module.ops, Ops)
                 fault(module)
 
-    right, wrong = forward(tmp_path, "float32", tokens), forward(tmp_path, "float32", tokens, plant)
+    right = forward(tmp_path, "float32", tokens)
+    wrong = forward(tmp_path, "float32", tokens, change=plant)
     assert (right - expected).abs().max() < 1e-4
     assert (wrong - expected).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["dense, q width != hidden", "moe, two shared experts"])
-def test_error_in_bf16_is_not_above_transformers(tmp_path, name):
-    """Root-mean-square error of all logits against an fp64 run of the same bf16 weights."""
-    shape = GEOMETRIES[name]
-    write_reference(tmp_path, shape, torch.bfloat16)
+def test_error_in_half_precision_is_not_above_transformers(tmp_path, name, dtype, device):
+    """Root-mean-square error of all logits against an fp64 run of the same rounded weights."""
+    shape, dtype_name = GEOMETRIES[name], str(dtype).removeprefix("torch.")
+    write_reference(tmp_path, shape, dtype)
     exact_model = load_reference(tmp_path, shape, torch.float64)
-    rounded_model = load_reference(tmp_path, shape, torch.bfloat16)
+    rounded_model = load_reference(tmp_path, shape, dtype).to(device)
     ours, theirs = [], []
     for seed in range(8):
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(shape.config["vocab_size"], (200,), generator=generator).tolist()
         exact = logits(exact_model, tokens)
-        ours.append(forward(tmp_path, "bfloat16", tokens).double() - exact)
-        theirs.append(logits(rounded_model, tokens).double() - exact)
+        ours.append(forward(tmp_path, dtype_name, tokens, device).cpu().double() - exact)
+        theirs.append(logits(rounded_model, tokens).cpu().double() - exact)
     error, allowed = (torch.cat(e).square().mean().sqrt() for e in (ours, theirs))
     assert error <= 1.2 * allowed
     assert allowed < 0.1 * exact.std()  # else the reference itself would say nothing
