@@ -101,13 +101,18 @@ class Intake:
     ) -> SamplingSpec:
         defaults = self.defaults
         prompt_logprobs = params.prompt_logprobs if choice == 0 else None
+
+        def value(name: str, usual: float) -> float:
+            """The caller's value, else the checkpoint's, else the usual one."""
+            return _first(getattr(params, name), getattr(defaults, name), usual)
+
         return SamplingSpec(
-            temperature=_first(params.temperature, defaults.temperature, 1.0),
-            top_p=_first(params.top_p, defaults.top_p, 1.0),
-            min_p=_first(params.min_p, defaults.min_p, 0.0),
-            repetition_penalty=_first(params.repetition_penalty, defaults.repetition_penalty, 1.0),
-            presence_penalty=params.presence_penalty,
-            frequency_penalty=params.frequency_penalty,
+            temperature=value("temperature", 1.0),
+            top_p=value("top_p", 1.0),
+            min_p=value("min_p", 0.0),
+            repetition_penalty=value("repetition_penalty", 1.0),
+            presence_penalty=value("presence_penalty", 0.0),
+            frequency_penalty=value("frequency_penalty", 0.0),
             top_k=max(0, _first(params.top_k, defaults.top_k, 0)),
             seed=seed,
             min_tokens=params.min_tokens,

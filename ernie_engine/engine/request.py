@@ -30,8 +30,8 @@ class SamplingParams:
     top_k: int | None = None  # 0 and -1: off
     min_p: float | None = None
     repetition_penalty: float | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     min_tokens: int = 0
     max_tokens: int | None = None

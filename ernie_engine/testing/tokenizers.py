@@ -34,6 +34,7 @@ CONFIG_NAMES = {  # only tokenizer_config.json knows these
     "header_start_token": "<mask:6>",
     "header_end_token": "<mask:7>",
 }
+_CONTROL, _USER_DEFINED = 3, 4  # SentencePiece.Type in sentencepiece_model.proto
 _MAX_PIECES = 8000  # keeps training within a second
 _PADDING = 16  # ids that only the model has, as on the hub
 
@@ -51,7 +52,8 @@ def project_text() -> list[str]:
 def train_tokenizer(vocab_size: int, *, add_dummy_prefix: bool = False) -> bytes:
     """A BPE model with byte fallback, of at most `vocab_size` pieces.
 
-    Ids begin <unk>, <s>, </s>; each digit is a piece, a newline is the byte piece <0x0A>.
+    Ids as on the hub: <unk>, <s>, </s>, ten digits, 256 bytes (a newline is <0x0A>, id 23), what
+    was learned, and the special pieces last.
     ValueError if `vocab_size` is too small for the bytes and characters.
     """
     model = io.BytesIO()
@@ -60,7 +62,7 @@ def train_tokenizer(vocab_size: int, *, add_dummy_prefix: bool = False) -> bytes
             sentence_iterator=iter(project_text()),
             model_writer=model,
             model_type="bpe",
-            vocab_size=vocab_size,
+            vocab_size=vocab_size - len(MASKS) - len(SENTENCE),
             hard_vocab_limit=False,
             byte_fallback=True,
             character_coverage=0.9995,
@@ -71,8 +73,7 @@ def train_tokenizer(vocab_size: int, *, add_dummy_prefix: bool = False) -> bytes
             bos_id=1,
             eos_id=2,
             pad_id=-1,
-            control_symbols=SENTENCE,
-            user_defined_symbols=DIGITS + MASKS,
+            user_defined_symbols=DIGITS,
             num_threads=1,
             minloglevel=2,
         )
@@ -81,7 +82,15 @@ def train_tokenizer(vocab_size: int, *, add_dummy_prefix: bool = False) -> bytes
             f"vocab_size: cannot train a tokenizer of {vocab_size} pieces, choose a larger "
             f"vocabulary or no tokenizer: {error}"
         ) from error
-    return model.getvalue()
+    masks = [_piece(text, _USER_DEFINED) for text in MASKS]
+    return b"".join([model.getvalue(), *masks, *(_piece(text, _CONTROL) for text in SENTENCE)])
+
+
+def _piece(text: str, kind: int) -> bytes:
+    """A ModelProto with one piece: protobuf messages that follow each other are one message."""
+    data = text.encode()
+    piece = bytes([0x0A, len(data), *data, 0x18, kind])  # field 1: text, field 3: type
+    return bytes([0x0A, len(piece), *piece])
 
 
 def write_tokenizer(folder: Path, vocab_size: int, thinking: bool) -> None:

@@ -39,7 +39,7 @@ class IncrementalDetokenizer:
     def _bytes(self, token_id: int) -> bytes:
         data = self._tokenizer.token_bytes(token_id)
         special = self._tokenizer.is_special(token_id)
-        if self._at_start and self._tokenizer.strips_leading_space and not special:
+        if self._at_start and self._tokenizer.strips_leading_space:
             data = data.removeprefix(b" ")
         self._at_start = special
         return b"" if special and self._skip else data

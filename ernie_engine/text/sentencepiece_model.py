@@ -31,14 +31,13 @@ def read_sentencepiece(path: Path, declared: DeclaredTokens) -> Vocabulary:
         raise ValueError(f"{path}: not a sentencepiece model: it holds no pieces")
     ids = {text: token_id for token_id, (text, _) in enumerate(pieces)}
     declared = declared.with_defaults(_named_by(processor))
-    own = [t for t, kind in pieces if kind == _USER_DEFINED and is_markup(t) and SPACE not in t]
+    own = {text: kind == _CONTROL for text, kind in pieces if _is_added(text, kind)}
     added = declared.added_tokens(ids, own)
     markup = {token.id for token in added if is_markup(token.text)}
     plain = SentencePieceProcessor(model_proto=_unreachable(model, markup))
     return Vocabulary(
         ids=ids,
         added=added,
-        special_ids=_special_ids(processor) | {token.id for token in added if token.special},
         names=declared.names,
         strips_leading_space=processor.normalize("x").startswith(SPACE),  # add_dummy_prefix
         encode_plain=plain.encode,
@@ -57,9 +56,9 @@ def _named_by(processor: SentencePieceProcessor) -> dict[str, str]:
     }
 
 
-def _special_ids(processor: SentencePieceProcessor) -> frozenset[int]:
-    size = processor.get_piece_size()
-    return frozenset(i for i in range(size) if processor.is_control(i) or processor.is_unknown(i))
+def _is_added(text: str, kind: int) -> bool:
+    """Whether a piece counts as an added token, though no file declares it (as in transformers)."""
+    return kind == _CONTROL or (kind == _USER_DEFINED and is_markup(text) and SPACE not in text)
 
 
 def _unreachable(model: bytes, ids: Collection[int]) -> bytes:

@@ -4,7 +4,7 @@ Reads tokenizer_config.json, special_tokens_map.json, added_tokens.json and the 
 tokenizer.json. Never invents an id: a token that is named and has none is an error.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -35,18 +35,20 @@ class DeclaredTokens:
         return replace(self, names={**names, **self.names})
 
     def added_tokens(
-        self, pieces: Mapping[str, int], user_defined: Iterable[str] = ()
+        self, pieces: Mapping[str, int], own: Mapping[str, bool] | None = None
     ) -> tuple[AddedToken, ...]:
-        """All tokens to cut out of text. `user_defined` pieces count as declared (not special).
+        """All tokens to cut out of text: the declared ones and the vocabulary's `own` (text ->
+        special or not).
 
         Ordinary text (see is_markup) that is a piece already is left to the vocabulary.
         """
-        texts = dict.fromkeys([*user_defined, *self.ids, *sorted(self.special)])
+        special = self.special | {text for text, flag in (own or {}).items() if flag}
+        texts = dict.fromkeys([*(own or ()), *self.ids, *sorted(special)])
         ids = {text: self._id_of(text, pieces) for text in texts}
         if len(set(ids.values())) < len(ids):
             raise ValueError("two added tokens have the same id: see added_tokens.json")
         return tuple(
-            AddedToken(text, token_id, text in self.special)
+            AddedToken(text, token_id, text in special)
             for text, token_id in ids.items()
             if is_markup(text) or _piece_id(text, pieces) is None
         )

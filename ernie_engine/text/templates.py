@@ -155,11 +155,10 @@ class ChatTemplate:
             if role not in ("system", "user", "assistant"):
                 chat = [_QUESTION, {"role": role, "content": _PROBE}]
                 self._require(f"messages[{index}].role: {role!r}", chat)
-        for index, message in enumerate(messages):
-            if "tool_calls" in message:
-                call = {"role": "assistant", "content": "", "tool_calls": [_PROBE_FUNCTION]}
-                self._require(f"messages[{index}].tool_calls", [_QUESTION, call])
-                break
+        calling = next((i for i, message in enumerate(messages) if "tool_calls" in message), None)
+        if calling is not None:
+            call = {"role": "assistant", "content": "", "tool_calls": [_PROBE_FUNCTION]}
+            self._require(f"messages[{calling}].tool_calls", [_QUESTION, call])
         if tools:
             self._require("tools", [_QUESTION], [_PROBE_FUNCTION])
 

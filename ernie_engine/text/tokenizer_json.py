@@ -35,7 +35,6 @@ def read_tokenizer_json(
     return Vocabulary(
         ids=ids,
         added=added,
-        special_ids=frozenset(token.id for token in added if token.special),
         names=declared.names,
         strips_leading_space=False,
         encode_plain=lambda text: encoder.encode(text, add_special_tokens=False).ids,

@@ -26,7 +26,6 @@ class Vocabulary:
 
     ids: Mapping[str, int]  # of the pieces, as the file writes them
     added: tuple[AddedToken, ...]
-    special_ids: frozenset[int]
     names: Mapping[str, str]  # e.g. eos_token -> </s>
     strips_leading_space: bool  # a text's first space was put there by the encoder
     encode_plain: Callable[[str], list[int]]

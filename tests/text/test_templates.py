@@ -139,6 +139,9 @@ def test_rendering_equals_transformers():
                 [chat], chat_template=source, add_generation_prompt=False
             )
         assert template.render(chat, **options) == rendered[0]
+    blocks = "a\n  {% for m in messages %}\n  {{ m.content }}\n  {% break %}\n  {% endfor %}\nb\n"
+    rendered, _ = render_jinja_template([chat], chat_template=blocks)
+    assert ChatTemplate(blocks).render(chat) == rendered[0]
 
 
 SPECIAL = ["<|end_of_sentence|>", "<|im_end|>", "</s>", "<tool_call>", "<mask:1>", "<think>"]

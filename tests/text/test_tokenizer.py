@@ -1,6 +1,7 @@
 """The sentencepiece path against sentencepiece, the tokenizer.json path against transformers."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers.tokenization_utils_base import generate_merges
 
 from ernie_engine.testing.tokenizers import DIGITS, MASKS, SENTENCE, THINKING_TAGS, train_tokenizer
 from ernie_engine.text.tokenizer import Tokenizer, load_tokenizer
+from ernie_engine.text.vocabulary import longest_of
 
 MARKUP = [*MASKS, *SENTENCE, *THINKING_TAGS, "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"]
 CORPUS = [
@@ -90,8 +92,8 @@ def test_plain_encoding_of_ordinary_text_is_sentencepieces_own(text, thinking, t
 def test_anchors(pt: Tokenizer):
     assert pt.encode("") == []
     assert [pt.token_id(t) for t in ("<unk>", "<s>", "</s>")] == [0, 1, 2]
-    assert pt.encode("\n") == [pt.token_id("<0x0A>")]
-    assert pt.encode("2024") == [pt.token_id(digit) for digit in "2024"]
+    assert pt.encode("\n") == [pt.token_id("<0x0A>")] == [23]
+    assert pt.encode("2024") == [pt.token_id(digit) for digit in "2024"] == [5, 3, 5, 7]
     assert pt.encode("a", parse_special=True) == pt.encode("a", parse_special=False)  # no bos, eos
     assert (pt.bos_token, pt.eos_token, pt.pad_token) == ("<s>", "</s>", "<unk>")
     assert pt.eos_token_id == 2
@@ -198,11 +200,15 @@ def test_added_tokens_of_tokenizer_json_count_beside_a_model(thinking, thinking_
     assert tokenizer.eos_token == "</s>"  # the model's own, as no file names one
 
 
-def test_user_defined_pieces_count_as_added_tokens(thinking_folder: Path, tmp_path: Path):
-    """Without any file beside it, a piece like <mask:3> still cannot come from a user's text."""
+def test_a_model_alone(thinking_folder: Path, tmp_path: Path):
+    """Its control and user-defined pieces count as added tokens, though no file declares them."""
     shutil.copy(thinking_folder / "tokenizer.model", tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer is not None
+    begin = tokenizer.token_id("<|begin_of_sentence|>")
+    assert begin is not None and tokenizer.encode("<|begin_of_sentence|>") == [begin]
+    assert begin not in tokenizer.encode("<|begin_of_sentence|>", parse_special=False)
+    assert tokenizer.is_special(begin)
     mask = tokenizer.token_id("<mask:3>")
     assert tokenizer.encode("<mask:3>") == [mask]
     assert mask not in tokenizer.encode("<mask:3>", parse_special=False)
@@ -217,6 +223,26 @@ def test_a_dummy_prefix_is_read_from_the_model(tmp_path: Path):
         assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
     ids = sp.encode("the scheduler")
     assert tokenizer.encode("the scheduler") == ids and tokenizer.decode(ids) == sp.decode(ids)
+
+
+def test_an_added_character(pt_folder: Path, tmp_path: Path):
+    """One character that the vocabulary lacks; in it, the added "7" would change nothing."""
+    shutil.copy(pt_folder / "tokenizer.model", tmp_path)
+    write(tmp_path / "added_tokens.json", {"\ue000": 3000, "7": 10})
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer is not None and tokenizer.token_id("7") == 10
+    assert tokenizer.encode("7\ue000")[-1] == 3000
+    assert tokenizer.decode([10, 3000]) == "7\ue000"
+    assert tokenizer.vocab_size == 3001
+    assert tokenizer.shield("7\ue000", "|") == "7\ue000"  # ordinary text, wherever it stands
+
+
+def test_the_longest_token_wins():
+    words = ["ab", "abcd", "abc", "b", "a.c"]
+    assert re.findall(longest_of(words), "abcdabcxabxaxbabca.cabd") == [
+        *("abcd", "abc", "ab", "b", "abc", "a.c", "ab")
+    ]
+    assert re.findall(longest_of([]), "abc") == []
 
 
 def test_shield_hides_every_token_and_nothing_else(thinking: Tokenizer):
@@ -310,10 +336,22 @@ def test_bad_json_is_named(tmp_path: Path, text: str):
         load_tokenizer(tmp_path)
 
 
+STRIPPING = {  # of a tokenizer with a dummy prefix
+    "type": "Sequence",
+    "decoders": [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ],
+}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"decoder": {"type": "ByteLevel"}}, "its decoder is not the one of a sentencepiece"),
+        ({"decoder": STRIPPING}, "its decoder is not the one of a sentencepiece"),
         ({"decoder": None}, "its decoder is not the one of a sentencepiece"),
         ({"model": {"type": "WordPiece"}}, "only BPE with byte fallback"),
         ({"model": {"type": "BPE", "vocab": {}, "merges": []}}, "only BPE with byte fallback"),
