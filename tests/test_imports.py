@@ -21,8 +21,10 @@ MAY_SEE = {
     "engine": {"config", "mind", "model", "text"},
     "evals": {"engine", "text"},
     "cli": {"config"},
+    "bench": {"config", "engine", "mind", "text"},
+    "server": {"cli", "config", "engine", "mind", "text"},
     "testing": {"config", "text"},
-    "scripts": {"cli", "config", "engine", "mind", "evals", "testing", "text"},
+    "scripts": {"bench", "cli", "config", "engine", "mind", "evals", "server", "testing", "text"},
 }
 FORBIDDEN = {
     "config": {"torch", "transformers"},

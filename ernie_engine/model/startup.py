@@ -39,7 +39,7 @@ class OpenedModel:
 
 def open_model(config: EngineConfig) -> OpenedModel:
     """Load a checkpoint folder. Raises ValueError for what cannot be served, saying why."""
-    folder = Path(config.model)
+    started, folder = time.monotonic(), Path(config.model)
     if not folder.is_dir():
         raise ValueError(f"model={config.model!r} is not a folder with a checkpoint")
     checkpoint = None if config.load_format == "dummy" else Checkpoint.open(folder)
@@ -62,6 +62,7 @@ def open_model(config: EngineConfig) -> OpenedModel:
     slots = Slots(config.max_num_seqs, config.max_model_len, config.block_size, device)
     num_blocks = _count_blocks(config, geometry, model, slots)
     kv = KVCache(geometry, num_blocks, device)
+    logger.info("the model is ready after %.1f s", time.monotonic() - started)
     return OpenedModel(config, model_config, ModelRunner(model, ops, slots, kv))
 
 
@@ -72,6 +73,8 @@ def _fill(model: Ernie, checkpoint: Checkpoint | None) -> None:
     else:
         load_weights(model.parts(), parameters, checkpoint)
     num_bytes = sum(p.nbytes for p in parameters.values())
+    if model.embed.weight.is_cuda:
+        torch.cuda.synchronize()  # or the time would be that of asking for them
     took = time.monotonic() - started
     made = "made" if checkpoint is None else "loaded"
     logger.info("weights: %.2f GiB %s in %.1f s", num_bytes / GIB, made, took)

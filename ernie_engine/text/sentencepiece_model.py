@@ -15,7 +15,7 @@ from ernie_engine.text.vocabulary import SPACE, Vocabulary, is_markup
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 _PIECES, _PIECE_TEXT, _PIECE_TYPE = 1, 1, 3  # fields of ModelProto and of its SentencePiece
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # SentencePiece.Type
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # SentencePiece.Type
 _TYPE_CONTROL = bytes([_PIECE_TYPE << 3 | _VARINT, _CONTROL])  # the field, encoded
 
 
@@ -33,7 +33,8 @@ def read_sentencepiece(path: Path, declared: DeclaredTokens) -> Vocabulary:
     declared = declared.with_defaults(_named_by(processor))
     own = {text: kind == _CONTROL for text, kind in pieces if _is_added(text, kind)}
     added = declared.added_tokens(ids, own)
-    markup = {token.id for token in added if is_markup(token.text)}
+    unknown = {token_id for token_id, (_, kind) in enumerate(pieces) if kind == _UNKNOWN}
+    markup = {token.id for token in added if is_markup(token.text)} - unknown  # not in any text
     plain = SentencePieceProcessor(model_proto=_unreachable(model, markup))
     return Vocabulary(
         ids=ids,
