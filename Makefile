@@ -13,8 +13,11 @@ DEMO := checkpoints/demo
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found: install one, or PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
+	# A CUDA build of torch brings the triton it needs: then that one is right, not the pinned one.
+	if $(BIN)/python -m pip show -qq triton; then grep -v '^triton==' constraints.txt; \
+		else cat constraints.txt; fi > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt -e '.[dev]'
 	touch $@
 
 demo: $(VENV)/.installed

@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--stop", nargs="+", default=(), metavar="TEXT", help="stop strings")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="may be given repeatedly")
     add_engine_arguments(parser)
     return parser
 

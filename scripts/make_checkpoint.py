@@ -5,6 +5,7 @@ python scripts/make_checkpoint.py checkpoints/tiny-dense --num-experts 0 --head-
 """
 
 import argparse
+import shutil
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -16,8 +17,13 @@ from ernie_engine.testing.checkpoints import CheckpointSpec, write_checkpoint
 def main() -> int:
     args = vars(_parser().parse_args())
     folder = args.pop("folder")
+    if folder.exists():
+        print(f"error: {folder} is there already; choose another folder", file=sys.stderr)
+        return 2
     try:
-        write_checkpoint(folder, CheckpointSpec(**args))
+        unfinished = folder.with_name(folder.name + ".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was interrupted
+        write_checkpoint(unfinished, CheckpointSpec(**args)).rename(folder)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

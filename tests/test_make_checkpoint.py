@@ -226,4 +226,4 @@ def test_the_script(tmp_path: Path):
     assert set(tensors) == set(expected)
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
     again = run(folder)
-    assert again.returncode == 2 and "holds a checkpoint already" in again.stderr
+    assert again.returncode == 2 and "is there already" in again.stderr

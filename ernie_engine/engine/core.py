@@ -5,6 +5,7 @@ Python API (engine.py) and the HTTP server put text on top.
 """
 
 import itertools
+import logging
 import secrets
 from pathlib import Path
 
@@ -13,20 +14,22 @@ from ernie_engine.engine.block_pool import BlockPool
 from ernie_engine.engine.intake import Intake
 from ernie_engine.engine.loop import EngineLoop
 from ernie_engine.engine.scheduler import Limits, Scheduler
-from ernie_engine.engine_config import EngineConfig, ResolvedConfig
-from ernie_engine.model.startup import open_model
+from ernie_engine.engine_config import ResolvedConfig
+from ernie_engine.model.startup import Description, open_model
 from ernie_engine.text.generation import load_generation_defaults, stop_token_ids
 from ernie_engine.text.templates import load_chat_template
 from ernie_engine.text.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 class EngineCore:
     """A checkpoint being run: submit requests to `loop`. ValueError if it cannot be served."""
 
-    def __init__(self, config: EngineConfig):
-        opened = open_model(config)
-        self.config, self.model_config = opened.config, opened.model_config
-        self.num_kv_blocks = opened.runner.kv.num_blocks
+    def __init__(self, description: Description):
+        self.config, self.model_config = description.config, description.model_config
+        runner = open_model(description)
+        self.num_kv_blocks = runner.kv.num_blocks
         limits = Limits(
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
@@ -36,7 +39,7 @@ class EngineCore:
         )
         pool = BlockPool(self.num_kv_blocks)
         self.scheduler = Scheduler(limits, pool, digest_key=secrets.token_bytes(32))
-        self.loop = EngineLoop(self.scheduler, opened.runner, self.config.max_steps_in_flight)
+        self.loop = EngineLoop(self.scheduler, runner, self.config.max_steps_in_flight)
 
     def close(self) -> None:
         """End open requests (finish_reason "abort") and the loop. Twice does no harm."""
@@ -50,14 +53,18 @@ def make_intake(config: ResolvedConfig, model_config: ModelConfig) -> Intake:
     """
     folder = Path(config.model)
     tokenizer = load_tokenizer(folder)
-    defaults = load_generation_defaults(folder)
+    defaults, vocab_size = load_generation_defaults(folder), model_config.vocab_size
+    eos_ids = stop_token_ids(defaults, tokenizer, model_config.eos_token_ids)
+    if strange := sorted(i for i in eos_ids if i >= vocab_size):
+        logger.warning("end-of-sequence ids %s lie outside the vocabulary: ignored", strange)
     return Intake(
-        vocab_size=model_config.vocab_size,
+        vocab_size=vocab_size,
         max_model_len=config.max_model_len,
         max_logprobs=config.max_logprobs,
+        longest_token=tokenizer.longest_token if tokenizer else 1,
         tokenizer=tokenizer,
         template=load_chat_template(folder, tokenizer),
         defaults=defaults,
-        eos_ids=stop_token_ids(defaults, tokenizer, model_config.eos_token_ids),
+        eos_ids=eos_ids.difference(strange),
         ids=itertools.count(),
     )

@@ -7,17 +7,19 @@ import logging
 import queue
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from tqdm import tqdm
 
+from ernie_engine.engine.assembler import ChoiceAssembler
 from ernie_engine.engine.core import EngineCore, make_intake
 from ernie_engine.engine.intake import Job, Message, Prompt
 from ernie_engine.engine.loop import EngineDeadError, EngineLoop
 from ernie_engine.engine.request import Piece, RequestOutput, SamplingParams, TokenOutput
 from ernie_engine.engine_config import EngineConfig
+from ernie_engine.model.startup import describe
 
 logger = logging.getLogger("ernie_engine")
 
@@ -32,11 +34,12 @@ class Engine:
 
     def __init__(self, model: str | Path, **fields: Any):
         _show_log()
-        self._core = EngineCore(EngineConfig(model=str(model), **fields))
-        self._loop = self._core.loop
-        self.config, self.model_config = self._core.config, self._core.model_config
+        description = describe(EngineConfig(model=str(model), **fields))
+        self.config, self.model_config = description.config, description.model_config
         self._intake = make_intake(self.config, self.model_config)
         self.tokenizer = self._intake.tokenizer
+        self._core = EngineCore(description)
+        self._loop, self.num_kv_blocks = self._core.loop, self._core.num_kv_blocks
 
     def generate(
         self,
@@ -50,9 +53,7 @@ class Engine:
         `params`: one for all, or one each. Raises ValueError before anything runs if one of them
         cannot be answered, EngineDeadError if the engine ends meanwhile.
         """
-        prompt_list = _listed(prompts)
-        pairs = zip(prompt_list, _one_each(params, len(prompt_list)), strict=True)
-        return self._run([self._intake.job(prompt, p) for prompt, p in pairs], use_tqdm)
+        return self._run(self.jobs(prompts, params), use_tqdm)
 
     def chat(
         self,
@@ -63,8 +64,10 @@ class Engine:
         **template_options: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of a list of them; a message is {role, content}."""
-        first = messages[0] if messages else None
-        conversations = [messages] if first is None or "role" in first else messages
+        if not isinstance(messages, Sequence):
+            raise ValueError("messages must be a list of {role, content} objects, or of such lists")
+        several = bool(messages) and not isinstance(messages[0], Mapping)
+        conversations = messages if several else [messages]
         pairs = zip(conversations, _one_each(params, len(conversations)), strict=True)
         jobs = [self._intake.chat_job(m, p, **template_options) for m, p in pairs]  # pyright: ignore[reportArgumentType]
         return self._run(jobs, use_tqdm)
@@ -82,6 +85,20 @@ class Engine:
         """As stream(), for one conversation."""
         job = self._intake.chat_job(messages, params or SamplingParams(), **template_options)
         return Stream(self._loop, job)
+
+    def jobs(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Job]:
+        """Prompts checked and ready for Session.add(); arguments and errors as in generate()."""
+        prompt_list = _listed(prompts)
+        pairs = zip(prompt_list, _one_each(params, len(prompt_list)), strict=True)
+        return [self._intake.job(prompt, p) for prompt, p in pairs]
+
+    def session(self) -> "Session":
+        """Answers that run side by side, and that jobs can join at any time; for one thread."""
+        return Session(self._loop, [])
 
     def close(self) -> None:
         """End open requests (finish_reason "abort") and the loop. Twice does no harm."""
@@ -110,25 +127,39 @@ class Engine:
 
 
 class Session:
-    """The running answers of some jobs: yields (job's index, piece). close() aborts the rest."""
+    """The running answers of some jobs, in the order they were added from 0 on: yields (job's
+    index, piece) until all have ended. close() aborts the rest."""
 
     def __init__(self, loop: EngineLoop, jobs: Sequence[Job]):
         self._loop = loop
         self._sink: queue.SimpleQueue[Sequence[TokenOutput] | EngineDeadError] = queue.SimpleQueue()
         self._came: deque[TokenOutput] = deque()
-        self._open = {
-            request.request_id: (index, assembler)
-            for index, job in enumerate(jobs)
-            for request, assembler in zip(job.requests, job.assemblers, strict=True)
-        }
-        loop.submit([request for job in jobs for request in job.requests], self._sink)
+        self._open: dict[int, tuple[int, ChoiceAssembler]] = {}
+        self._num_jobs = 0
+        self.add(jobs)
+
+    def add(self, jobs: Sequence[Job]) -> None:
+        """Submit more, all at once."""
+        for index, job in enumerate(jobs, start=self._num_jobs):
+            for request, assembler in zip(job.requests, job.assemblers, strict=True):
+                self._open[request.request_id] = index, assembler
+        self._num_jobs += len(jobs)
+        self._loop.submit([request for job in jobs for request in job.requests], self._sink)
 
     def __iter__(self) -> Iterator[tuple[int, Piece]]:
         return self
 
     def __next__(self) -> tuple[int, Piece]:
+        if (item := self.poll(None)) is None:
+            raise StopIteration
+        return item
+
+    def poll(self, timeout: float | None) -> tuple[int, Piece] | None:
+        """What comes next; None if nothing is open, or nothing comes within `timeout` seconds."""
         while self._open:
-            output = self._next_output()
+            output = self._next_output(timeout)
+            if output is None:
+                return None
             if output.request_id not in self._open:
                 continue  # drawn after a stop string had ended the answer
             index, assembler = self._open[output.request_id]
@@ -138,11 +169,14 @@ class Session:
                 if output.finish_reason is None:
                     self._loop.abort([output.request_id])
             return index, piece
-        raise StopIteration
+        return None
 
-    def _next_output(self) -> TokenOutput:
+    def _next_output(self, timeout: float | None) -> TokenOutput | None:
         while not self._came:
-            batch = self._sink.get()
+            try:
+                batch = self._sink.get(timeout=timeout)
+            except queue.Empty:
+                return None
             if isinstance(batch, EngineDeadError):
                 self._open.clear()
                 raise EngineDeadError(str(batch)) from batch.__cause__
@@ -166,13 +200,16 @@ class Stream(Iterator[Piece]):
 
     def __init__(self, loop: EngineLoop, job: Job):
         self.prompt_token_ids = job.output.prompt_token_ids
+        self._session: Session | None = None  # so that __del__ finds it if the next line fails
         self._session = Session(loop, [job])
 
     def __next__(self) -> Piece:
+        assert self._session is not None
         return next(self._session)[1]
 
     def close(self) -> None:
-        self._session.close()
+        if self._session is not None:
+            self._session.close()
 
     def __enter__(self) -> Self:
         return self
@@ -181,12 +218,14 @@ class Stream(Iterator[Piece]):
         self.close()
 
     def __del__(self) -> None:
-        self._session.close()
+        self.close()
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt is a list of one. A list of integers is one prompt of token ids."""
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+    if not isinstance(prompts, Sequence):
+        raise ValueError(f"prompts must be text, token ids or a list of them, not {prompts!r:.200}")
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | float)):
         return [prompts]  # pyright: ignore[reportReturnType]
     return list(prompts)  # pyright: ignore[reportReturnType]
 

@@ -23,8 +23,13 @@ from ernie_engine.text.templates import ChatTemplate
 from ernie_engine.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16
+MIN_TEMPERATURE = 0.01  # below it logits / temperature leave fp32's range
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
+
+
+class PromptTooLongError(ValueError):
+    """The prompt leaves no room for an answer."""
 
 
 @dataclass(frozen=True)
@@ -43,38 +48,55 @@ class Intake:
     vocab_size: int
     max_model_len: int
     max_logprobs: int
+    longest_token: int  # bytes, so at least its characters
     tokenizer: Tokenizer | None
     template: ChatTemplate
     defaults: GenerationDefaults
     eos_ids: frozenset[int]
     ids: "itertools.count[int]"
 
-    def job(self, prompt: Prompt, params: SamplingParams) -> Job:
-        """A text or token-id prompt to continue, by default for 16 tokens."""
+    def job(
+        self, prompt: Prompt, params: SamplingParams, default_max_tokens: int = DEFAULT_MAX_TOKENS
+    ) -> Job:
+        """A text or token-id prompt to continue."""
         text = prompt if isinstance(prompt, str) else None
-        return self._job(self._encode(prompt), text, params, DEFAULT_MAX_TOKENS)
+        return self._job(self.encode(prompt), text, params, default_max_tokens)
 
     def chat_job(
         self, messages: Sequence[Message], params: SamplingParams, **template_options: Any
     ) -> Job:
         """A conversation to answer, by default as long as there is room."""
-        prompt = self.encode_chat(messages, **template_options)
-        return self._job(prompt, None, params, self.max_model_len)
+        return self.job(self.encode_chat(messages, **template_options), params, self.max_model_len)
 
     def encode_chat(self, messages: Sequence[Message], **template_options: Any) -> list[int]:
         if self.tokenizer is None:
             raise ValueError("messages need a tokenizer, and the checkpoint folder has none")
+        if not isinstance(messages, Sequence) or not all(isinstance(m, Mapping) for m in messages):
+            raise ValueError("messages must be a list of {role, content} objects")
+        self._check_text(sum(len(str(message.get("content"))) for message in messages))
         return self.template.encode(messages, self.tokenizer, **template_options)
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
+            if not isinstance(prompt, Sequence):
+                raise ValueError(f"prompt must be a text or token ids, not {prompt!r:.200}")
             return list(prompt)
         if self.tokenizer is None:
             raise ValueError(
                 "a text prompt needs a tokenizer, and the checkpoint folder has none: "
                 "give token ids"
             )
+        self._check_text(len(prompt))
         return self.tokenizer.encode(prompt)
+
+    def _check_text(self, num_chars: int) -> None:
+        """Refuse what cannot fit however it is cut into tokens, before the work of cutting it."""
+        most = self.max_model_len * self.longest_token
+        if num_chars > most:
+            raise PromptTooLongError(
+                f"prompt has {num_chars} characters; max_model_len={self.max_model_len} tokens "
+                f"hold at most {most}"
+            )
 
     def _job(
         self, prompt: list[int], text: str | None, params: SamplingParams, default_max: int
@@ -106,8 +128,9 @@ class Intake:
             """The caller's value, else the checkpoint's, else the usual one."""
             return _first(getattr(params, name), getattr(defaults, name), usual)
 
+        temperature = value("temperature", 1.0)
         return SamplingSpec(
-            temperature=value("temperature", 1.0),
+            temperature=max(temperature, MIN_TEMPERATURE) if temperature > 0 else 0.0,
             top_p=value("top_p", 1.0),
             min_p=value("min_p", 0.0),
             repetition_penalty=value("repetition_penalty", 1.0),
@@ -120,7 +143,7 @@ class Intake:
             num_prompt_logprobs=_first(prompt_logprobs, NO_LOGPROBS),
             banned_ids=tuple(sorted(banned)) if params.min_tokens else (),
             bias_ids=tuple(params.logit_bias),
-            bias_values=tuple(params.logit_bias.values()),
+            bias_values=tuple(max(-100.0, min(100.0, b)) for b in params.logit_bias.values()),
         )
 
     def _assembler(
@@ -145,7 +168,7 @@ class Intake:
         for field, ids in params.token_ids().items():
             self._check_ids(field, ids)
         if len(prompt) >= self.max_model_len:
-            raise ValueError(
+            raise PromptTooLongError(
                 f"prompt has {len(prompt)} tokens; with max_model_len={self.max_model_len} "
                 f"at most {self.max_model_len - 1} leave room for an answer"
             )

@@ -7,8 +7,9 @@ Owns the inbox and the deque of steps in flight. Everything that changes what th
 import logging
 import queue
 import threading
+import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,6 +76,7 @@ class EngineLoop:
         self._open: dict[int, tuple[Request, Sink]] = {}
         self._lock = threading.Lock()  # between "is it dead?" and "then put it in the inbox"
         self._death: EngineDeadError | None = None
+        self._moved_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
         self._thread.start()
 
@@ -93,6 +95,16 @@ class EngineLoop:
         """End what is open as aborted, then the thread. Can be called twice."""
         self._inbox.put(_Stop())
         self._thread.join()
+
+    @property
+    def is_dead(self) -> bool:
+        return self._death is not None
+
+    @property
+    def seconds_stalled(self) -> float:
+        """Since when it has not moved though there is something to do; 0 when there is not."""
+        busy = bool(self._in_flight) or self._scheduler.has_requests
+        return time.monotonic() - self._moved_at if busy else 0.0
 
     def _run(self) -> None:
         death = EngineDeadError("the engine is closed")
@@ -125,7 +137,7 @@ class EngineLoop:
         idle = not self._in_flight and not self._scheduler.has_requests
         while idle or not self._inbox.empty():
             message = self._inbox.get()
-            idle = False
+            idle, self._moved_at = False, time.monotonic()
             if isinstance(message, _Stop):
                 return False
             if isinstance(message, _Abort):
@@ -145,8 +157,10 @@ class EngineLoop:
 
     def _turn(self) -> None:
         """Launch a step if one may still go out, take in the oldest if none did or enough have."""
+        self._moved_at = time.monotonic()
         plan = self._scheduler.schedule() if len(self._in_flight) < self._depth else None
         if plan is not None:
+            self._stamp_started({new.slot for new in plan.new})
             received = decode_plan(encode_plan(plan))
             self._runner.launch(received)
             self._in_flight.append((plan, self._runner.sample(received.sampling)))
@@ -154,6 +168,11 @@ class EngineLoop:
             done, pending = self._in_flight.popleft()
             result = decode_result(encode_result(pending.wait()))
             self._deliver(self._scheduler.commit(done, result))
+
+    def _stamp_started(self, slots: Collection[int]) -> None:
+        for request in self._scheduler.running if slots else ():
+            if request.slot in slots:
+                request.started_at = self._moved_at
 
     def _deliver(self, outputs: Iterable[TokenOutput]) -> None:
         """Hand each sink its outputs in one piece."""

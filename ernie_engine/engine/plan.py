@@ -109,10 +109,7 @@ _SPEC_FIELDS = [f.name for f in fields(SamplingSpec)]
 _SPEC_FLOATS, _SPEC_INTS = _SPEC_FIELDS[:6], _SPEC_FIELDS[6:11]
 
 
-def _write_new(out: ColumnWriter, new: NewSlot) -> None:
-    spec = new.spec
-    out.ints.append(new.slot)
-    out.int_list(new.token_ids)
+def write_spec(out: ColumnWriter, spec: SamplingSpec) -> None:
     out.floats.extend([getattr(spec, name) for name in _SPEC_FLOATS])
     out.ints.extend([getattr(spec, name) for name in _SPEC_INTS])
     out.int_list(spec.banned_ids)
@@ -120,11 +117,10 @@ def _write_new(out: ColumnWriter, new: NewSlot) -> None:
     out.float_list(spec.bias_values)
 
 
-def _read_new(data: ColumnReader) -> NewSlot:
-    slot, token_ids = data.one(), data.int_list()
+def read_spec(data: ColumnReader) -> SamplingSpec:
     values = [*data.take_floats(len(_SPEC_FLOATS)), *data.take_ints(len(_SPEC_INTS))]
     lists = tuple(data.int_list()), tuple(data.int_list()), tuple(data.float_list())
-    return NewSlot(slot, token_ids, SamplingSpec(*values, *lists))  # pyright: ignore[reportCallIssue, reportArgumentType]
+    return SamplingSpec(*values, *lists)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 def encode_plan(plan: StepPlan) -> bytes:
@@ -135,7 +131,9 @@ def encode_plan(plan: StepPlan) -> bytes:
     out.int_list(plan.preempted)
     out.ints.append(len(plan.new))
     for new in plan.new:
-        _write_new(out, new)
+        out.ints.append(new.slot)
+        out.int_list(new.token_ids)
+        write_spec(out, new.spec)
     out.int_list([value for start in plan.starts for value in start])
     for column in (plan.slots, plan.num_tokens, plan.num_new_blocks, plan.new_block_ids):
         out.int_list(column)
@@ -149,7 +147,7 @@ def decode_plan(data: bytes) -> StepPlan:
     """Raises ValueError on a frame that is no plan or is cut short."""
     frame = ColumnReader(b"plan", data)
     step_id, freed, preempted = frame.one(), frame.int_list(), frame.int_list()
-    new = [_read_new(frame) for _ in range(frame.one())]
+    new = [NewSlot(frame.one(), frame.int_list(), read_spec(frame)) for _ in range(frame.one())]
     flat = frame.int_list()
     starts = list(zip(flat[::2], flat[1::2], strict=True))
     slots, num_tokens, num_new_blocks, new_block_ids = (frame.int_list() for _ in range(4))
@@ -159,7 +157,7 @@ def decode_plan(data: bytes) -> StepPlan:
     return StepPlan(step_id, freed, preempted, new, starts, *rows, part)
 
 
-def _write_logprobs(out: ColumnWriter, rows: Iterable[Sequence[TokenLogprobs]]) -> None:
+def write_logprobs(out: ColumnWriter, rows: Iterable[Sequence[TokenLogprobs]]) -> None:
     for row in rows:
         out.ints.append(len(row))
         for token in row:
@@ -169,7 +167,7 @@ def _write_logprobs(out: ColumnWriter, rows: Iterable[Sequence[TokenLogprobs]]) 
             out.floats.extend(token.top_logprobs)
 
 
-def _read_logprobs(data: ColumnReader, num_rows: int) -> list[list[TokenLogprobs]]:
+def read_logprobs(data: ColumnReader, num_rows: int) -> list[list[TokenLogprobs]]:
     return [[_read_token(data) for _ in range(data.one())] for _ in range(num_rows)]
 
 
@@ -185,9 +183,9 @@ def encode_result(result: StepResult) -> bytes:
     out.ints.append(result.step_id)
     out.int_list([len(row) for row in result.token_ids])
     out.int_list([token for row in result.token_ids for token in row])
-    _write_logprobs(out, result.logprobs)
+    write_logprobs(out, result.logprobs)
     out.ints.append(len(result.prompt_logprobs))
-    _write_logprobs(out, result.prompt_logprobs)
+    write_logprobs(out, result.prompt_logprobs)
     return out.done()
 
 
@@ -197,8 +195,8 @@ def decode_result(data: bytes) -> StepResult:
     step_id, counts = frame.one(), frame.int_list()
     flat = iter(frame.int_list())
     token_ids = [list(islice(flat, count)) for count in counts]
-    logprobs = _read_logprobs(frame, len(counts))
-    prompt_logprobs = _read_logprobs(frame, frame.one())
+    logprobs = read_logprobs(frame, len(counts))
+    prompt_logprobs = read_logprobs(frame, frame.one())
     frame.end()
     return StepResult(step_id, token_ids, logprobs, prompt_logprobs)
 

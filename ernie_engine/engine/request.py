@@ -12,6 +12,9 @@ from ernie_engine.engine.plan import NO_LOGPROBS, SamplingSpec, TokenLogprobs
 
 FinishReason = Literal["stop", "length", "abort"]
 MAX_CHOICES = 128
+MAX_BIASES = 1024
+MAX_COUNT = (1 << 31) - 1
+LARGEST = 3e38  # what fp32 holds
 INT64 = range(-(1 << 63), 1 << 63)
 
 
@@ -20,7 +23,8 @@ class SamplingParams:
     """How to continue a prompt. None means: the checkpoint's generation_config decides, then the
     usual default (temperature 1, no filters, 16 tokens; in a chat, the room that is left).
 
-    temperature 0 is greedy. `logprobs` and `prompt_logprobs` count the likeliest alternatives to
+    temperature 0 is greedy; between 0 and 0.01 it counts as 0.01. A logit_bias counts as at most
+    100 either way. `logprobs` and `prompt_logprobs` count the likeliest alternatives to
     return beside each token; log-probabilities are the model's own, before penalties and filters.
     """
 
@@ -45,13 +49,16 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self):
+        for name, empty in (("stop", ()), ("stop_token_ids", ()), ("logit_bias", {})):
+            if getattr(self, name) is None:  # as absent
+                object.__setattr__(self, name, empty)
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else self.stop)
         _check_int("n", self.n, 1, MAX_CHOICES)
-        _check_float("temperature", self.temperature, 0.0, math.inf)
+        _check_float("temperature", self.temperature, 0.0, 1000.0)
         _check_float("top_p", self.top_p, 0.0, 1.0, low_open=True)
         _check_int("top_k", self.top_k, -1)
         _check_float("min_p", self.min_p, 0.0, 1.0)
-        _check_float("repetition_penalty", self.repetition_penalty, 0.0, math.inf, low_open=True)
+        _check_float("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check_int("min_tokens", self.min_tokens, 0)
@@ -61,8 +68,19 @@ class SamplingParams:
         _check_int("prompt_logprobs", self.prompt_logprobs, 0)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}")
-        if not all(isinstance(text, str) and text for text in self.stop):
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        self._check_lists()
+
+    def _check_lists(self) -> None:
+        stops = self.stop
+        if not isinstance(stops, Sequence) or not all(isinstance(t, str) and t for t in stops):
             raise ValueError("stop must be a string or strings, none of them empty")
+        if not isinstance(self.stop_token_ids, Sequence):
+            raise ValueError("stop_token_ids must be a list of token ids")
+        if not isinstance(self.logit_bias, Mapping) or len(self.logit_bias) > MAX_BIASES:
+            raise ValueError(f"logit_bias must map at most {MAX_BIASES} token ids to numbers")
         for token_id, bias in self.logit_bias.items():
             _check_float(f"logit_bias[{token_id}]", bias, -math.inf, math.inf)
 
@@ -76,19 +94,20 @@ def _check_float(
 ) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, not {value!r}")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not -LARGEST <= value <= LARGEST:  # nor NaN
+        raise ValueError(f"{name} must be a finite number, not {value!r:.200}")
     if not low <= value <= high or (low_open and value == low):
         raise ValueError(f"{name}={value} is outside {'(' if low_open else '['}{low}, {high}]")
 
 
-def _check_int(name: str, value: int | None, low: int, high: float = math.inf) -> None:
+def _check_int(name: str, value: int | None, low: int, high: int = MAX_COUNT) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} must be an integer, not {value!r}")
+        raise ValueError(f"{name} must be an integer, not {value!r:.200}")
     if not low <= value <= high:
-        raise ValueError(f"{name}={value} is outside [{low}, {high}]")
+        raise ValueError(f"{name} is outside [{low}, {high}]")
 
 
 @dataclass(slots=True, eq=False)
@@ -113,6 +132,7 @@ class Request:
     num_prompt_scored: int = 0  # prompt tokens whose log-probabilities are returned or in flight
     num_cached_tokens: int = 0  # prefix hits at the first admission
     num_preemptions: int = 0
+    started_at: float = 0.0  # by the loop's clock: when it was first planned
     block_ids: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)  # of the full blocks of known tokens
     num_published: int = 0  # leading blocks that the pool knows by digest

@@ -92,9 +92,5 @@ class Slots:
         self.num_computed[slots] += num_tokens
 
     def append(self, slots: Tensor, token_ids: Tensor) -> None:
-        """Write each slot's drawn token where the next step will read it.
-
-        A request's very last token may lie beyond the history; nothing will read it.
-        """
-        at = self.num_computed[slots].clamp(max=self.history.shape[1] - 1)
-        self.history[slots, at] = token_ids.int()
+        """Write each slot's drawn token where the next step will read it."""
+        self.history[slots, self.num_computed[slots]] = token_ids.int()

@@ -14,6 +14,7 @@ import torch
 from ernie_engine.config import ModelConfig
 from ernie_engine.engine.plan import NewSlot, SamplingPart, SamplingSpec, StepPlan
 from ernie_engine.engine_config import EngineConfig, ResolvedConfig
+from ernie_engine.kernels.decode_attention import MAX_GATHERED_TOKENS
 from ernie_engine.kernels.registry import select
 from ernie_engine.model.checkpoint import Checkpoint
 from ernie_engine.model.ernie import Ernie
@@ -29,29 +30,36 @@ CPU_KV_BYTES = 4 * GIB
 
 
 @dataclass(frozen=True)
-class OpenedModel:
-    """A model ready to run, and the configuration it came to."""
+class Description:
+    """A checkpoint folder that was read but for its weights."""
 
     config: ResolvedConfig
     model_config: ModelConfig
-    runner: ModelRunner
+    checkpoint: Checkpoint | None  # None: dummy weights
 
 
-def open_model(config: EngineConfig) -> OpenedModel:
-    """Load a checkpoint folder. Raises ValueError for what cannot be served, saying why."""
-    started, folder = time.monotonic(), Path(config.model)
+def describe(config: EngineConfig) -> Description:
+    """Read a checkpoint's headers and settle the configuration. ValueError, saying why not."""
+    folder = Path(config.model)
     if not folder.is_dir():
         raise ValueError(f"model={config.model!r} is not a folder with a checkpoint")
     checkpoint = None if config.load_format == "dummy" else Checkpoint.open(folder)
     model_config = ModelConfig.from_folder(folder, checkpoint and checkpoint.shapes)
-    config = config.resolve(model_config, cuda=torch.cuda.is_available())
+    resolved = config.resolve(model_config, cuda=torch.cuda.is_available())
+    return Description(resolved, model_config, checkpoint)
+
+
+def open_model(description: Description) -> ModelRunner:
+    """Load the weights and take the memory. Raises ValueError for what cannot be served."""
+    started = time.monotonic()
+    config, model_config = description.config, description.model_config
     device = torch.device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     ops = select(config.kernels, device.type)
     place = Placement(Mesh(), getattr(torch, config.dtype), device)
     model = Ernie(model_config, ops, place, config.max_model_len)
-    _fill(model, checkpoint)
+    _fill(model, description.checkpoint)
     geometry = KVGeometry(
         num_layers=model_config.num_hidden_layers,
         num_kv_heads=model_config.num_key_value_heads,
@@ -63,7 +71,7 @@ def open_model(config: EngineConfig) -> OpenedModel:
     num_blocks = _count_blocks(config, geometry, model, slots)
     kv = KVCache(geometry, num_blocks, device)
     logger.info("the model is ready after %.1f s", time.monotonic() - started)
-    return OpenedModel(config, model_config, ModelRunner(model, ops, slots, kv))
+    return ModelRunner(model, ops, slots, kv)
 
 
 def _fill(model: Ernie, checkpoint: Checkpoint | None) -> None:
@@ -87,9 +95,9 @@ def _count_blocks(config: ResolvedConfig, geometry: KVGeometry, model: Ernie, sl
     elif slots.device.type == "cuda":
         num_bytes, why = _measure_free_memory(config, geometry, model, slots)
     else:
-        full = config.max_num_seqs * geometry.blocks_for(config.max_model_len)
-        num_bytes = min(CPU_KV_BYTES, full * geometry.bytes_per_block)
-        why = "the CPU default, or max_num_seqs requests of full length"
+        one = geometry.blocks_for(config.max_model_len) * geometry.bytes_per_block
+        num_bytes = max(one, min(CPU_KV_BYTES, config.max_num_seqs * one))
+        why = "the CPU default: 4 GiB, but from 1 to max_num_seqs requests of full length"
     num_blocks = geometry.blocks_in(num_bytes)
     needed = geometry.blocks_for(config.max_model_len)
     g, tokens = geometry, num_blocks * geometry.block_size
@@ -133,15 +141,22 @@ def _measure_free_memory(
 
 
 def largest_plan(config: ResolvedConfig) -> StepPlan:
-    """A step with every slot and the whole token budget in use, and one row of full context.
+    """A step with every slot and the whole token budget in use, and rows of full context.
 
     All rows read the same block 0: what counts is the memory the step takes, not its answer.
     """
     budget, max_len = config.max_num_batched_tokens, config.max_model_len
     num_rows = min(config.max_num_seqs, budget)
-    num_long = min(budget - num_rows + 1, max_len)
-    num_tokens = [1] * (num_rows - 1) + [num_long]
-    table_lens = [1] * (num_rows - 1) + [-(-max_len // config.block_size)]
+    longest = max_len - 1  # the token drawn after it is the last that fits
+    num_last = min(budget - num_rows + 1, longest)
+    num_tokens = [1] * (num_rows - 1) + [num_last]
+    # As many rows of full context as one batch of the decode twin gathers; then short ones.
+    num_long = min(num_rows - 1, MAX_GATHERED_TOKENS // longest + 1)
+    num_short = num_rows - 1 - num_long
+    computed = [longest - 1] * num_long + [0] * num_short + [longest - num_last]
+    table_lens = [
+        -(-(c + n) // config.block_size) for c, n in zip(computed, num_tokens, strict=True)
+    ]
     spec = SamplingSpec(
         top_p=0.9,
         top_k=50,
@@ -149,14 +164,14 @@ def largest_plan(config: ResolvedConfig) -> StepPlan:
         num_logprobs=config.max_logprobs,
         num_prompt_logprobs=config.max_logprobs,
     )
-    num_scored = min(PROMPT_LOGITS_CHUNK, num_long - 1)
+    num_scored = min(PROMPT_LOGITS_CHUNK, num_last - 1)
     scoring = ([num_rows - 1], [0], [num_scored]) if num_scored else ((), (), ())
     return StepPlan(
         step_id=-1,
         freed=(),
         preempted=(),
         new=[NewSlot(slot, (0,), spec) for slot in range(num_rows)],
-        starts=[(slot, 0) for slot in range(num_rows - 1)] + [(num_rows - 1, max_len - num_long)],
+        starts=list(enumerate(computed)),
         slots=range(num_rows),
         num_tokens=num_tokens,
         num_new_blocks=table_lens,

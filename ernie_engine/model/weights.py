@@ -22,6 +22,7 @@ from ernie_engine.parallel.layers import WeightPart
 
 log = logging.getLogger(__name__)
 
+ROUTER = re.compile(r"\.mlp\.(gate\.weight|moe_statics\.e_score_correction_bias)$")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 DUMMY = {  # parameter, without its layer -> (mean, std)
     "embed.weight": (0.0, 1.0),
@@ -114,6 +115,9 @@ def _check_names(wanted: Shapes, checkpoint: Checkpoint, skip: tuple[str, ...]) 
             f"the tensors in {checkpoint.folder} are not what its config.json calls for, "
             f"use files that belong together: {'; '.join(lines)}"
         )
+    rounded = [n for n, t in checkpoint.tensors.items() if ROUTER.search(n) and t.dtype != "F32"]
+    if rounded:
+        log.warning("routers are stored below fp32 and may choose other experts: %s", some(rounded))
     if spare_head:
         _check_spare_head(checkpoint.tensors[HEAD], checkpoint.tensors[EMBEDDING])
     if skipped:

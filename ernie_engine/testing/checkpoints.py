@@ -6,7 +6,7 @@ checkpoint, and never overwrites one.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,16 @@ Shapes = Iterator[tuple[str, tuple[int, ...]]]
 LOGITS_STD = 2.5  # peaked enough that the best token is clearly the best
 
 
-def write_checkpoint(folder: Path, spec: CheckpointSpec) -> Path:
-    """Writes the checkpoint and returns `folder`; ValueError if one is there already."""
+def write_checkpoint(folder: Path, spec: CheckpointSpec, text: Sequence[str] | None = None) -> Path:
+    """Writes the checkpoint and returns `folder`; ValueError if one is there already.
+
+    The tokenizer is trained on the lines of `text`, else on the project's own.
+    """
     if (folder / "config.json").exists() or any(folder.glob("*.safetensors")):
         raise ValueError(f"{folder} holds a checkpoint already; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     if spec.tokenizer:  # first: it may find the vocabulary too small
-        write_tokenizer(folder, spec.vocab_size, spec.thinking)
+        write_tokenizer(folder, spec.vocab_size, spec.thinking, text)
     _write_tensors(folder, random_tensors(spec), spec.shards)
     write_json(folder / "generation_config.json", generation_config(spec))
     write_json(folder / "config.json", hub_config(spec))

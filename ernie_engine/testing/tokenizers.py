@@ -5,6 +5,7 @@ Owns the list of its special tokens. Never downloads a text.
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
@@ -49,8 +50,10 @@ def project_text() -> list[str]:
     return [line for text in texts for line in text.splitlines() if line.strip()]
 
 
-def train_tokenizer(vocab_size: int, *, add_dummy_prefix: bool = False) -> bytes:
-    """A BPE model with byte fallback, of at most `vocab_size` pieces.
+def train_tokenizer(
+    vocab_size: int, *, text: Sequence[str] | None = None, add_dummy_prefix: bool = False
+) -> bytes:
+    """A BPE model with byte fallback, of at most `vocab_size` pieces, of `text` or project_text().
 
     Ids as on the hub: <unk>, <s>, </s>, ten digits, 256 bytes (a newline is <0x0A>, id 23), what
     was learned, and the special pieces last.
@@ -59,7 +62,7 @@ def train_tokenizer(vocab_size: int, *, add_dummy_prefix: bool = False) -> bytes
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=iter(project_text()),
+            sentence_iterator=iter(project_text() if text is None else text),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size - len(MASKS) - len(SENTENCE),
@@ -93,10 +96,13 @@ def _piece(text: str, kind: int) -> bytes:
     return bytes([0x0A, len(piece), *piece])
 
 
-def write_tokenizer(folder: Path, vocab_size: int, thinking: bool) -> None:
+def write_tokenizer(
+    folder: Path, vocab_size: int, thinking: bool, text: Sequence[str] | None = None
+) -> None:
     """tokenizer.model, the JSON files beside it and chat_template.jinja; ids below `vocab_size`."""
     added = PT_ADDED + (THINKING_TURNS + THINKING_TAGS if thinking else [])
-    model = train_tokenizer(min(vocab_size - len(added) - _PADDING, _MAX_PIECES))
+    num_pieces = min(vocab_size - len(added) - _PADDING, _MAX_PIECES)
+    model = train_tokenizer(num_pieces, text=text)
     first_added = SentencePieceProcessor(model_proto=model).get_piece_size()
     ids = {token: first_added + index for index, token in enumerate(added)}
     extra = {"added_tokens_decoder": _added_tokens_decoder(ids)} if thinking else {}

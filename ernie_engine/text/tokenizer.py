@@ -43,6 +43,7 @@ class Tokenizer:
         self._ids = {**vocabulary.ids, **{token.text: token.id for token in added.values()}}
         self._bytes = {i: piece_bytes(piece) for piece, i in vocabulary.ids.items()}
         self._bytes |= {token.id: token.text.encode() for token in added.values()}
+        self.longest_token = max(len(text) for text in self._bytes.values())  # bytes
         self._special_ids = {token.id for token in added.values() if token.special}
         self._encode_plain = vocabulary.encode_plain
         texts = [token.text for token in added.values()]

@@ -89,7 +89,8 @@ def test_stop_strings_across_tokens(tiny, depth):
     with open_engine(tiny, max_steps_in_flight=depth) as engine:
         params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
         text = engine.generate("The engine", params)[0].outputs[0].text
-        stop = text[15:22]
+        cut = next(i for i in range(15, 40) if "\ufffd" not in text[i : i + 7])
+        stop = text[cut : cut + 7]
         cut = text.index(stop)
         for include in (False, True):
             params = SamplingParams(
@@ -153,6 +154,12 @@ def test_chat_is_the_template_then_generate(engine):
     assert token_ids(two) == token_ids([one, one])
     (room,) = engine.chat(messages, SamplingParams(temperature=0.0, ignore_eos=True))
     assert len(prompt) + len(room.outputs[0].token_ids) == engine.config.max_model_len
+
+
+def test_even_the_highest_temperature_draws_no_banned_token(engine):
+    params = SamplingParams(max_tokens=9, min_tokens=8, temperature=1000.0, logit_bias={2: 100.0})
+    answer = engine.generate([9, 8, 7], params)[0].outputs[0]
+    assert 2 not in answer.token_ids[:8]
 
 
 def test_penalties_and_bias_change_the_answer(engine):

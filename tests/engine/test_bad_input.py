@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import threading
 
 import pytest
 
@@ -31,7 +32,59 @@ BAD_PROMPTS = {
     "token id -1 is out of vocabulary": [5, -1],
     "must hold token ids": [5, 6.5],
     "prompt has 512 tokens; with max_model_len=512": [5] * 512,
+    r"prompt has 1000000 characters; max_model_len=512 tokens hold": "a" * 1_000_000,
+    "prompt must be a text or token ids": None,
 }
+
+
+@pytest.mark.parametrize("prompts", [5, None, [5.0], {"role": "user"}], ids=str)
+def test_prompts_of_another_type(engine, good_answer, prompts):
+    with pytest.raises(ValueError, match="prompt"):
+        engine.generate(prompts, GOOD)
+    assert token_ids(engine.generate([5, 6, 7], GOOD)) == good_answer
+
+
+BAD_MESSAGES = [
+    {"role": "user", "content": "x"},
+    "text",
+    [],
+    [{"role": "user", "content": 5}],
+    [{"content": "x"}],
+    [[{"role": "user", "content": "x" * 1_000_000}]],
+]
+
+
+@pytest.mark.parametrize("messages", BAD_MESSAGES, ids=lambda m: str(m)[:40])
+def test_bad_messages(engine, good_answer, messages):
+    with pytest.raises(ValueError):
+        engine.chat(messages, GOOD)
+    assert token_ids(engine.generate([5, 6, 7], GOOD)) == good_answer
+
+
+def test_none_counts_as_absent():
+    params = SamplingParams(stop=None, stop_token_ids=None, logit_bias=None)
+    assert params == SamplingParams()
+
+
+def test_an_end_of_sequence_id_outside_the_vocabulary_is_ignored(tiny, tmp_path, good_answer):
+    for file in tiny.iterdir():
+        if file.name != "generation_config.json":
+            (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 99999]}')
+    with open_engine(tmp_path) as engine:
+        engine.generate([5, 6], SamplingParams(min_tokens=3, max_tokens=4))
+        assert token_ids(engine.generate([5, 6, 7], GOOD)) == good_answer
+
+
+def test_a_bad_checkpoint_leaves_no_thread_behind(tiny, tmp_path):
+    for file in tiny.iterdir():
+        if file.name != "tokenizer.model":
+            (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
+    before = {t for t in threading.enumerate() if t.name == "engine-loop"}
+    with pytest.raises(ValueError, match=r"tokenizer\.model"):
+        open_engine(tmp_path)
+    assert {t for t in threading.enumerate() if t.name == "engine-loop"} == before
 
 
 @pytest.mark.parametrize("message", BAD_PROMPTS)
@@ -67,6 +120,16 @@ BAD_PARAMS = [
     {"stop": ""},
     {"stop": ["a", ""]},
     {"stop": [5]},
+    {"stop": 5},
+    {"stop_token_ids": 5},
+    {"top_k": 1 << 63},
+    {"min_tokens": 1 << 63, "max_tokens": 1 << 63},
+    {"temperature": 10**400},
+    {"temperature": 1e39},
+    {"repetition_penalty": 1e308},
+    {"ignore_eos": "false"},
+    {"logit_bias": 5},
+    {"logit_bias": dict.fromkeys(range(1025), 1.0)},
     {"logit_bias": {5: math.nan}},
 ]
 

@@ -10,7 +10,7 @@ from ernie_engine.engine.plan import NewSlot, SamplingPart, SamplingSpec, StepPl
 from ernie_engine.engine_config import EngineConfig
 from ernie_engine.kernels.registry import Ops
 from ernie_engine.model.moe import Router
-from ernie_engine.model.startup import open_model
+from ernie_engine.model.startup import describe, open_model
 from tests.reference import (
     GEOMETRIES,
     MOE,
@@ -32,18 +32,19 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 def forward(folder, dtype: str, tokens: list[int], device="cpu", change=None) -> torch.Tensor:
     """The engine's logits [T, V] for one prompt in one step; `change` may tamper with the model."""
     small = {"max_num_seqs": 4, "kv_cache_memory_bytes": 4 << 20}
-    opened = open_model(EngineConfig(model=str(folder), dtype=dtype, device=device, **small))
+    config = EngineConfig(model=str(folder), dtype=dtype, device=device, **small)
+    runner = open_model(describe(config))
     if change is not None:
-        change(opened.runner.model)
+        change(runner.model)
     num_blocks = -(-len(tokens) // 16)
     plan = StepPlan(
         *(0, (), (), [NewSlot(0, tokens, SamplingSpec())], [(0, 0)], [0], [len(tokens)]),
         *([num_blocks], list(range(num_blocks)), SamplingPart()),
     )
-    opened.runner.launch(plan)
-    _, _, hidden = opened.runner._launched
+    runner.launch(plan)
+    _, _, hidden = runner._launched
     with torch.inference_mode():
-        return opened.runner.model.logits(hidden)
+        return runner.model.logits(hidden)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -130,8 +131,8 @@ def test_error_in_half_precision_is_not_above_transformers(tmp_path, name, dtype
 
 def test_the_router_stays_fp32_in_a_bf16_model(tmp_path):
     write_reference(tmp_path, Geometry(MOE, bias_mean=20.0, bias_spread=0.02), torch.bfloat16)
-    opened = open_model(EngineConfig(model=str(tmp_path), device="cpu"))
-    parameters = dict(opened.runner.model.named_parameters())
+    runner = open_model(describe(EngineConfig(model=str(tmp_path), device="cpu")))
+    parameters = dict(runner.model.named_parameters())
     dtypes = {name: p.dtype for name, p in parameters.items() if ".gate." in name}
     assert len(dtypes) == 6 and set(dtypes.values()) == {torch.float32}
     assert parameters["layers.1.mlp.experts.gate_up"].dtype == torch.bfloat16
