@@ -9,6 +9,8 @@ from hypothesis import settings
 
 from tests.tiny import write_tiny
 
+torch.set_num_threads(1)  # tensors are tiny here; more threads only wait for each other
+
 settings.register_profile("quick", max_examples=200, deadline=None)
 settings.register_profile("thorough", max_examples=4000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
