@@ -15,10 +15,12 @@ from ernie_engine.engine.intake import Intake
 from ernie_engine.engine.loop import EngineLoop
 from ernie_engine.engine.scheduler import Limits, Scheduler
 from ernie_engine.engine_config import ResolvedConfig
-from ernie_engine.model.startup import Description, open_model
+from ernie_engine.model.startup import Description, describe, open_model
 from ernie_engine.text.generation import load_generation_defaults, stop_token_ids
 from ernie_engine.text.templates import load_chat_template
 from ernie_engine.text.tokenizer import load_tokenizer
+
+__all__ = ["EngineCore", "describe", "make_intake"]
 
 logger = logging.getLogger(__name__)
 

@@ -139,12 +139,12 @@ class Session:
         self.add(jobs)
 
     def add(self, jobs: Sequence[Job]) -> None:
-        """Submit more, all at once."""
+        """Submit more, all at once; EngineDeadError, and nothing added, if that cannot be."""
+        self._loop.submit([request for job in jobs for request in job.requests], self._sink)
         for index, job in enumerate(jobs, start=self._num_jobs):
             for request, assembler in zip(job.requests, job.assemblers, strict=True):
                 self._open[request.request_id] = index, assembler
         self._num_jobs += len(jobs)
-        self._loop.submit([request for job in jobs for request in job.requests], self._sink)
 
     def __iter__(self) -> Iterator[tuple[int, Piece]]:
         return self

@@ -161,4 +161,6 @@ def test_a_prompt_of_one_token_has_one_score_and_it_is_none():
     choice = assembler(ids("a"), wants_prompt_logprobs=True)
     assert choice.push(output(ids("x"))).prompt_logprobs == [None]
     assert choice.push(output(ids("y"))).prompt_logprobs == []
+    aborted = assembler(ids("ab"), wants_prompt_logprobs=True)
+    assert aborted.push(output([], "abort")).prompt_logprobs == []
     assert assembler(ids("a")).push(output(ids("x"))).prompt_logprobs is None

@@ -139,10 +139,10 @@ def test_biases_keep_their_tokens(intake):
 
 @pytest.mark.parametrize("count", [0, 4])
 def test_the_prompt_is_scored_once_for_all_choices(intake, count):
-    job = intake.job(PROMPT, SamplingParams(n=3, prompt_logprobs=count, logprobs=count + 1))
+    job = intake.job(PROMPT, SamplingParams(n=3, prompt_logprobs=count, logprobs=4 - count))
     scored = [request.spec.num_prompt_logprobs for request in job.requests]
     assert scored == [count, NO_LOGPROBS, NO_LOGPROBS]
-    assert [request.spec.num_logprobs for request in job.requests] == [count + 1] * 3
+    assert [request.spec.num_logprobs for request in job.requests] == [4 - count] * 3
     assert [a.wants_prompt_logprobs for a in job.assemblers] == [True, False, False]
     assert [a.wants_logprobs for a in job.assemblers] == [True] * 3
 

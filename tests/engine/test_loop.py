@@ -1,8 +1,10 @@
 """The loop's thread against a runner that answers a step only when the test lets it."""
 
-import queue
 import threading
 import time
+from functools import partial
+from queue import SimpleQueue
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +17,21 @@ from ernie_engine.engine.scheduler import Limits, Scheduler
 from tests.engine.fake_runner import FakeRunner
 from tests.tiny import open_engine
 
-SOON = 20.0  # seconds after which a test is stuck
+SOON = 10.0  # seconds after which a test is stuck
+
+
+class Books:
+    """FakeRunner as the loop wants it: launch() runs the whole step, sample() hands it over."""
+
+    def __init__(self):
+        self.fake, self.plans = FakeRunner(64, 4, next_token=len), []
+
+    def launch(self, plan):
+        self.plans.append(plan)
+        self.result = self.fake.run(plan)
+
+    def sample(self, part):
+        return SimpleNamespace(wait=lambda result=self.result: result)
 
 
 class Gate:
@@ -30,7 +46,13 @@ class Gate:
         self.launched.release()
 
     def sample(self, part):
-        return Gated(self, self.inner.sample(part))
+        return SimpleNamespace(wait=partial(self.answer, self.inner.sample(part)))
+
+    def answer(self, pending):
+        assert self.allowed.acquire(timeout=SOON), "the test forgot this step"
+        if self.error is not None:
+            raise self.error
+        return pending.wait()
 
     def let(self, num_steps: int) -> None:
         self.allowed.release(num_steps)
@@ -40,56 +62,23 @@ class Gate:
             assert self.launched.acquire(timeout=SOON), "no step was launched"
 
 
-class Gated:
-    def __init__(self, gate: Gate, pending):
-        self.gate, self.pending = gate, pending
-
-    def wait(self):
-        assert self.gate.allowed.acquire(timeout=SOON), "the test forgot this step"
-        if self.gate.error is not None:
-            raise self.gate.error
-        return self.pending.wait()
-
-
-class Books:
-    """FakeRunner as the loop wants it: launch() runs the whole step, sample() hands it over."""
-
-    def __init__(self, num_blocks: int, block_size: int):
-        self.fake = FakeRunner(num_blocks, block_size, next_token=len)
-        self.plans = []
-
-    def launch(self, plan):
-        self.plans.append(plan)
-        self.result = self.fake.run(plan)
-
-    def sample(self, part):
-        result = self.result
-        return type("Done", (), {"wait": lambda self: result})()
-
-
 class Rig:
-    """A loop over a gated fake runner, with sinks to look into."""
+    """A loop over a gated fake runner."""
 
     def __init__(self, depth: int):
         limits = Limits(max_num_seqs=4, max_num_batched_tokens=64, block_size=4)
         self.scheduler = Scheduler(limits, BlockPool(64), digest_key=b"test")
-        self.books = Books(64, 4)
+        self.books, self.depth = Books(), depth
         self.gate = Gate(self.books)
         self.loop = EngineLoop(self.scheduler, self.gate, depth)
 
     def submit(self, sink, *lengths: int, first_id: int = 0) -> list[Request]:
         requests = [
-            Request(first_id + i, [50 + first_id + i], SamplingSpec(), 1 + length)
-            for i, length in enumerate(lengths)
+            Request(i, [50 + i], SamplingSpec(), 1 + length)
+            for i, length in enumerate(lengths, first_id)
         ]
         self.loop.submit(requests, sink)
         return requests
-
-    def fail(self) -> Exception:
-        """The step that is waited for raises."""
-        self.gate.error = RuntimeError("the card is on fire")
-        self.gate.let(1)
-        return self.gate.error
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -99,10 +88,6 @@ def rig(request):
     rig.gate.let(1000)
     rig.loop.close()
     assert not rig.loop._thread.is_alive()
-
-
-def sink() -> queue.SimpleQueue:
-    return queue.SimpleQueue()
 
 
 def take(sink, count: int = 1) -> list:
@@ -118,7 +103,7 @@ def ends(batch) -> list:
 
 
 def test_each_sink_gets_what_a_step_brought_it_at_once(rig):
-    mine, yours = sink(), sink()
+    mine, yours = SimpleQueue(), SimpleQueue()
     rig.submit(mine, 3, 2)
     rig.submit(yours, 2, first_id=10)
     rig.gate.let(100)
@@ -131,12 +116,13 @@ def test_each_sink_gets_what_a_step_brought_it_at_once(rig):
 
 
 def test_arrivals_that_nobody_read_get_the_death(rig):
-    running, unread = sink(), sink()
+    running, unread = SimpleQueue(), SimpleQueue()
     rig.submit(running, 9, 9)
     rig.gate.wait_launched()
     rig.submit(unread, 5, 5, first_id=10)
     rig.submit(unread, 5, first_id=20)
-    error = rig.fail()
+    error = rig.gate.error = RuntimeError("the card is on fire")
+    rig.gate.let(1)
     for gone in (running, unread):
         (death,) = take(gone)
         assert isinstance(death, EngineDeadError) and death.__cause__ is error
@@ -151,7 +137,7 @@ def test_arrivals_that_nobody_read_get_the_death(rig):
 
 
 def test_aborting_what_has_ended_does_no_harm(rig):
-    mine = sink()
+    mine = SimpleQueue()
     rig.submit(mine, 1)
     rig.gate.wait_launched()
     rig.loop.abort([0])  # arrives behind the step that ends it, or with depth in time
@@ -165,7 +151,7 @@ def test_aborting_what_has_ended_does_no_harm(rig):
 
 
 def test_an_abort_is_told_once_and_the_others_go_on(rig):
-    mine = sink()
+    mine = SimpleQueue()
     rig.submit(mine, 30, 4)
     rig.gate.wait_launched()
     rig.loop.abort([0, 0])
@@ -181,9 +167,9 @@ def test_an_abort_is_told_once_and_the_others_go_on(rig):
 
 
 def test_a_request_aborted_before_the_loop_read_it_is_never_computed(rig):
-    mine, other = sink(), sink()
+    mine, other = SimpleQueue(), SimpleQueue()
     rig.submit(mine, 40)
-    rig.gate.wait_launched(rig.loop._depth)
+    rig.gate.wait_launched(rig.depth)
     rig.loop.abort([10])  # nobody has heard of it: left alone
     rig.submit(other, 5, first_id=10)
     rig.loop.abort([10])
@@ -194,9 +180,9 @@ def test_a_request_aborted_before_the_loop_read_it_is_never_computed(rig):
 
 
 def test_close_ends_what_is_in_flight_and_what_waits_behind_it(rig):
-    running, late = sink(), sink()
+    running, late = SimpleQueue(), SimpleQueue()
     rig.submit(running, 40)
-    rig.gate.wait_launched(rig.loop._depth)
+    rig.gate.wait_launched(rig.depth)
     closing = threading.Thread(target=rig.loop.close)
     closing.start()
     while rig.loop._inbox.empty():
@@ -208,15 +194,15 @@ def test_close_ends_what_is_in_flight_and_what_waits_behind_it(rig):
     assert [ends(b) for b in rest(running)] == [[(0, None)], [(0, "abort")]]
     (death,) = rest(late)
     assert isinstance(death, EngineDeadError) and death.__cause__ is None
-    assert len(rig.books.plans) == rig.loop._depth  # nothing more was launched
+    assert len(rig.books.plans) == rig.depth  # nothing more was launched
 
 
 def test_a_stall_shows_only_while_there_is_something_to_do(rig):
-    mine = sink()
+    mine = SimpleQueue()
     assert rig.loop.seconds_stalled == 0.0 and not rig.loop.is_dead
     before = time.monotonic()
     (request,) = rig.submit(mine, 6)
-    rig.gate.wait_launched(rig.loop._depth)
+    rig.gate.wait_launched(rig.depth)
     time.sleep(0.05)
     assert 0.05 <= rig.loop.seconds_stalled <= time.monotonic() - before
     assert before <= request.started_at <= time.monotonic() - 0.05
@@ -225,3 +211,76 @@ def test_a_stall_shows_only_while_there_is_something_to_do(rig):
     while ends(take(mine)[0]) != [(0, "length")]:
         pass
     assert rig.loop.seconds_stalled == 0.0 and request.started_at == started_at
+    time.sleep(0.01)
+    moved_at = rig.loop._moved_at
+    time.sleep(0.05)
+    assert rig.loop._moved_at == moved_at  # it sleeps when there is nothing to do
+
+
+# --- Session: what the Python API asks of the loop ---
+
+GREEDY = {"temperature": 0.0, "ignore_eos": True}
+
+
+@pytest.fixture(params=[1, 3])
+def gated(tiny, request):
+    """An engine whose steps wait for the gate, and the gate."""
+    with open_engine(tiny, max_steps_in_flight=request.param) as engine:
+        engine._loop._runner = gate = Gate(engine._loop._runner)
+        yield engine, gate
+        gate.let(1000)
+
+
+def steps_until_idle(engine) -> int:
+    """How many steps there were when nothing runs any more."""
+    scheduler, deadline = engine._core.scheduler, time.monotonic() + SOON
+    while scheduler.has_requests or engine._loop._in_flight:
+        assert time.monotonic() < deadline, "a request goes on"
+        time.sleep(0.002)
+    return scheduler._next_step_id
+
+
+def test_closing_a_session_spares_the_steps_that_nobody_reads(gated):
+    engine, gate = gated
+    params = SamplingParams(max_tokens=60, **GREEDY)
+    with engine.session() as session:
+        session.add(engine.jobs([[5, 6, 7], [8, 9]], params))
+        gate.let(2)
+        pieces = [next(session) for _ in range(4)]
+        assert sorted(index for index, _ in pieces) == [0, 0, 1, 1]
+    gate.let(1000)
+    assert steps_until_idle(engine) <= 2 + engine.config.max_steps_in_flight
+    assert session.poll(0.0) is None and list(session) == []
+
+
+def test_a_stop_string_spares_the_rest_of_its_answer(gated):
+    engine, gate = gated
+    params = SamplingParams(max_tokens=60, stop="e", logit_bias={ord_e(engine): 100.0}, **GREEDY)
+    with engine.session() as session:
+        session.add(engine.jobs([5, 6, 7], params))
+        gate.let(1)
+        ((_, piece),) = session
+        assert (piece.finish_reason, piece.stop_reason) == ("stop", "e")
+        gate.let(1000)
+        assert steps_until_idle(engine) <= 1 + engine.config.max_steps_in_flight
+
+
+def test_what_was_drawn_after_a_stop_string_is_dropped(gated):
+    engine, gate = gated
+    always_e = {"logit_bias": {ord_e(engine): 100.0}, **GREEDY}
+    first = SamplingParams(max_tokens=9, stop="eee", **always_e)
+    session = engine.session()
+    session.add(engine.jobs([5, 6, 7], first))
+    assert session.poll(0.01) is None  # not ended, but nothing has come
+    session.add(engine.jobs([8, 9], SamplingParams(max_tokens=12, **always_e)))
+    gate.let(1000)
+    steps_until_idle(engine)  # both were drawn to their ends before one piece was read
+    pieces = list(session)
+    counts = [sum(len(piece.token_ids) for i, piece in pieces if i == job) for job in (0, 1)]
+    assert counts == [3, 12]
+    assert [piece.finish_reason for i, piece in pieces if i == 0] == [None, None, "stop"]
+
+
+def ord_e(engine) -> int:
+    (token,) = engine.tokenizer.encode("e")
+    return token

@@ -233,3 +233,85 @@ def test_results_out_of_order_are_refused():
     result = replace(sim.runner.run(plan), step_id=7)
     with pytest.raises(RuntimeError, match="out of order"):
         sim.scheduler.commit(plan, result)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_preempted_request_is_the_next_to_be_admitted(depth):
+    """Then running and waiting requests together always stand in the order they came in."""
+    sim = Simulation(LIMITS, num_blocks=8, depth=depth)
+    for i in range(8):
+        sim.add(one(i, range(1 + i, 7 + i), 14))
+    scheduler, num_checked = sim.scheduler, 0
+    while sim.step():
+        order = [request.request_id for request in (*scheduler.running, *scheduler.waiting)]
+        assert order == sorted(order)
+        resumed = [r for r in scheduler.waiting if r.num_preemptions]
+        num_checked += 0 < len(resumed) < len(scheduler.waiting)
+    assert num_checked > 0  # some stood before requests that had never run
+
+
+def test_a_preempted_request_with_its_last_token_promised_computes_no_more():
+    limits = replace(LIMITS, enable_prefix_caching=False)
+    sim = Simulation(limits, num_blocks=6, depth=3)
+    oldest, middle, last = one(0, [1] * 7, 9), one(1, [2] * 6, 9), one(2, [3] * 7, 2)
+    for request in (oldest, middle, last):
+        sim.add(request)
+    sim.step()
+    sim.step()
+    assert last.num_promised == 2 and last.num_pending == 0
+    sim.in_flight.append(step := run_one(sim))  # the oldest takes a block from the youngest
+    assert last in sim.scheduler.waiting and step[0].preempted == [last.slot]
+    sim.abort(middle)
+    assert sim.pool.num_free >= 3  # there is room for it again, but nothing to compute
+    sim.in_flight.append(step := run_one(sim))
+    assert step[0].slots == [oldest.slot] and not step[0].starts
+    sim.finish(limit=50)
+    assert sim.answer(2) == (expected_answer(last, [3] * 7)[0], "length")
+    sim.check_at_rest()
+
+
+def run_one(sim: Simulation):
+    plan = sim.scheduler.schedule()
+    assert plan is not None
+    return plan, sim.runner.run(plan)
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_prompt_is_split_over_steps_only_if_chunks_are_allowed(chunked):
+    limits = replace(LIMITS, max_num_batched_tokens=20, enable_chunked_prefill=chunked)
+    sim = Simulation(limits, num_blocks=64, depth=1)
+    lengths = [12, 9, 15, 7, 11]
+    for i, length in enumerate(lengths):
+        sim.add(one(i, range(20 * i, 20 * i + length), 3))
+    firsts = {}  # first row of each request: how much of the prompt it reads
+    while sim.scheduler.has_requests:
+        plan, result = run_one(sim)
+        rows = dict(zip(plan.slots, plan.num_tokens, strict=True))
+        firsts |= {new.token_ids[0] // 20: rows[new.slot] for new in plan.new}
+        sim.scheduler.commit(plan, result)
+    whole = list(firsts.values()) == lengths
+    assert list(firsts) == [0, 1, 2, 3, 4] and whole != chunked
+
+
+@pytest.mark.parametrize("field", ["eos_ids", "stop_ids"])
+@pytest.mark.parametrize("min_tokens", range(14))
+def test_min_tokens_holds_every_end_back_but_the_length(field, min_tokens):
+    answer, _ = expected_answer(one(0, [5, 6], 12), [5, 6])
+    ids = frozenset([answer[3], answer[7]])
+    sim = Simulation(LIMITS, num_blocks=64, depth=2)
+    sim.add(Request(0, [5, 6], SamplingSpec(min_tokens=min_tokens), 2 + 12, **{field: ids}))
+    sim.finish(limit=100)
+    ends = [i + 1 for i, token in enumerate(answer) if token in ids and i + 1 >= min_tokens]
+    expected = (answer[: ends[0]], "stop") if ends else (answer, "length")
+    assert sim.answer(0) == expected
+
+
+def test_blocks_without_a_prefix_are_handed_out_before_those_with_one():
+    pool = BlockPool(3)
+    known, unknown = pool.take((), 2), pool.take((), 1)
+    for block in known:
+        pool.publish(block, bytes([block]))
+    pool.release(known)
+    pool.release(unknown)
+    assert pool.take((), 1) == unknown
+    assert pool.match([bytes([block]) for block in known]) == known

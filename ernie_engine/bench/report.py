@@ -1,0 +1,88 @@
+"""Figures for people (tables) and for programs (one JSON line, printed last).
+
+Never computes a figure.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ernie_engine.bench.environment import environment
+from ernie_engine.bench.floors import Ceilings
+from ernie_engine.bench.metrics import LATENCIES
+
+STEP_HEADER = (
+    f"{'case':<9} {'time':>17} {'prompt tok/s':>13} {'floor ms':>9} {'share':>6}  bound   note"
+)
+THROUGHPUTS = {
+    "request_throughput": "requests/s",
+    "request_goodput": "requests/s within the limits",
+    "output_throughput": "output tokens/s",
+    "total_token_throughput": "input and output tokens/s",
+    "max_output_tokens_per_s": "most output tokens in a second",
+    "max_concurrent_requests": "most requests alive in a second",
+}
+
+
+def ceilings_line(ceilings: Ceilings, device: str, dtype: str) -> str:
+    return (
+        f"ceilings measured on {device}: {ceilings.bytes_per_s / 1e12:.3g} TB/s, "
+        f"{ceilings.flops_per_s / 1e12:.3g} TFLOP/s in {dtype}"
+    )
+
+
+def step_line(row: Mapping[str, Any]) -> str:
+    """One case of --steps (a steps.step_row) under STEP_HEADER."""
+    if "floor_ms" not in row:
+        return f"{row['case']:<9} {row['note']}"
+    is_step = "ms_per_step" in row
+    time = f"{row['ms_per_step']:.2f} ms/step" if is_step else f"{row['ms']:.1f} ms"
+    rate = "" if is_step else f"{row['prompt_tokens_per_s']:,.0f}"
+    return (
+        f"{row['case']:<9} {time:>17} {rate:>13} {row['floor_ms']:>9.3g} "
+        f"{row['share_of_floor']:>6.1%}  {row['bound']:<7} {row.get('note', '')}"
+    ).rstrip()
+
+
+def run_table(row: Mapping[str, Any], percentiles: Sequence[float]) -> str:
+    """One run (a serving.run_row)."""
+    concurrency = row["max_concurrency"]
+    bound = "no bound on concurrency" if concurrency is None else f"concurrency {concurrency}"
+    lines = ["", f"{bound}: {row['completed']} completed, {row['failed']} failed"]
+    lines[1] += f" in {row['duration']:.2f} s"
+    lines += [
+        f"  {_number(row[key]):>12}  {text}" for key, text in THROUGHPUTS.items() if key in row
+    ]
+    if "share_of_ceiling" in row:
+        ceiling = f"{row['ceiling_output_throughput']:,.0f} output tokens/s"
+        lines.append(f"  {row['share_of_ceiling']:>12.1%}  of what the device allows: {ceiling}")
+    lines += [f"  note: {note}" for note in _notes(row)]
+    kinds = ["mean", "median", "std", *(f"p{p:g}" for p in percentiles)]
+    lines.append(f"  {'ms':<6}" + "".join(f"{kind:>11}" for kind in kinds))
+    for name in LATENCIES:
+        cells = [_number(row[f"{kind}_{name}_ms"]) for kind in kinds]
+        lines.append(f"  {name.upper():<6}" + "".join(f"{cell:>11}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _notes(row: Mapping[str, Any]) -> list[str]:
+    """What makes the figures another thing than was asked for."""
+    notes = [f"failed: {error}" for error in row["errors"]]
+    asked, got = row["asked_output_tokens"], row["total_output_tokens"]
+    if row["failed"] == 0 and asked != got:
+        notes.append(f"{asked:,} output tokens were asked for, {got:,} came")
+    if row["total_cached_tokens"]:
+        notes.append(f"{row['total_cached_tokens']:,} input tokens came from a prefix cache")
+    return notes
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
+
+
+def json_line(kind: str, config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    """The report as one line of JSON: {"bench": kind, environment, "config", results}."""
+    report = {"bench": kind, **environment(), "config": dict(config), **results}
+    return json.dumps(report, ensure_ascii=False, allow_nan=False)

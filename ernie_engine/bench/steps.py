@@ -1,0 +1,212 @@
+"""Milliseconds a decode step and prompt tokens a second, beside what the hardware allows.
+
+Decode: (time of n new tokens - time of 1) / (n - 1), all prompts submitted at once. Prefill: the
+time to one new token. Owns these definitions and the table of cases; runs them through
+Engine.generate(), so that the figures are what a user gets.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from ernie_engine.bench.floors import (
+    DTYPE_BYTES,
+    Ceilings,
+    Work,
+    decode_work,
+    mean_context,
+    prefill_work,
+)
+from ernie_engine.bench.workload import GREEDY, SAMPLED, model_ids, random_prompts
+from ernie_engine.engine.engine import Engine
+from ernie_engine.engine.request import SamplingParams
+
+WARM_UP_TOKENS = 9
+MAX_MODEL_LEN = 33000  # what the longest case needs
+
+
+@dataclass(frozen=True)
+class Case:
+    """`batch` prompts of `prompt_len` tokens; prefill if one new token is asked for."""
+
+    name: str
+    batch: int
+    prompt_len: int
+    num_tokens: int
+    repetitions: int = 3
+
+    @property
+    def is_prefill(self) -> bool:
+        return self.num_tokens == 1
+
+    @property
+    def total_len(self) -> int:
+        return self.prompt_len + self.num_tokens
+
+
+CASES = (
+    *(Case(f"b={batch}", batch, 128, 256) for batch in (1, 8, 32, 128, 256)),
+    Case("b=1@32k", 1, 32000, 64, repetitions=1),
+    Case("b=32@8k", 32, 8000, 64, repetitions=1),
+    *(Case(f"{batch}x{n}", batch, n, 1) for batch, n in ((1, 128), (1, 1024))),
+    *(Case(f"{batch}x{n}", batch, n, 1) for batch, n in ((16, 1024), (4, 8192), (1, 32768))),
+)
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """`times`: seconds a step (decode) or of the whole prefill, one a repetition. Empty if it was
+    skipped; `note` says why, or how the run departs from the definition."""
+
+    case: Case
+    times: Sequence[float] = ()
+    note: str = ""
+    work: Work = field(default=Work(0, 0))
+
+    @property
+    def seconds(self) -> float:
+        """The figure: the median of decode repetitions, the best of prefill ones."""
+        return min(self.times) if self.case.is_prefill else statistics.median(self.times)
+
+
+def choose_cases(only: str | None, num_tokens: int | None) -> list[Case]:
+    """The cases that `only` names (comma-separated names, "decode", "prefill"; None: all).
+
+    `num_tokens` overrides the new tokens of decode cases, against the definition.
+    """
+    groups = {case.name: [case] for case in CASES}
+    groups["prefill"] = [case for case in CASES if case.is_prefill]
+    groups["decode"] = [case for case in CASES if not case.is_prefill]
+    names = list(groups)[: len(CASES)] if only is None else only.split(",")
+    unknown = [name for name in names if name not in groups]
+    if unknown:
+        raise ValueError(f"only: no case {', '.join(unknown)}; choose from {', '.join(groups)}")
+    if num_tokens is not None and num_tokens < 2:
+        raise ValueError(f"num_tokens={num_tokens}: a step takes 2 or more to measure")
+    chosen = [case for case in CASES if any(case in groups[name] for name in names)]
+    return [
+        replace(case, num_tokens=num_tokens) if num_tokens and not case.is_prefill else case
+        for case in chosen
+    ]
+
+
+class StepBench:
+    """Runs cases against an engine, within `budget_s` seconds from now if that is given.
+
+    A running measurement is not cut off: what would not fit is not begun, or repeated less often.
+    Decode is warmed up by WARM_UP_TOKENS; prefill is not, for only its best time counts.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        sampled: bool = False,
+        seed: int = 0,
+        budget_s: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.engine, self.clock, self.seed = engine, clock, seed
+        self.params = SamplingParams(**(SAMPLED if sampled else GREEDY), ignore_eos=True)
+        self._deadline = float("inf") if budget_s is None else clock() + budget_s
+        self._ids = model_ids(engine.model_config, engine.tokenizer)
+
+    def run(self, cases: Sequence[Case]) -> Iterator[CaseResult]:
+        """One result a case, as they come."""
+        for case in cases:
+            reason = self._misfit(case)
+            yield CaseResult(case, note=reason) if reason else self._measure(case)
+
+    def _misfit(self, case: Case) -> str:
+        """Why the engine or the budget cannot hold a case; empty if they can."""
+        config = self.engine.config
+        if case.total_len > config.max_model_len:
+            return f"skipped: {case.total_len} tokens, max_model_len={config.max_model_len}"
+        if case.batch > config.max_num_seqs:
+            return f"skipped: max_num_seqs={config.max_num_seqs}"
+        blocks = case.batch * -(-case.total_len // config.block_size)
+        if blocks > self.engine.num_kv_blocks:
+            return f"skipped: {blocks} K/V blocks, {self.engine.num_kv_blocks} there are"
+        return "skipped: budget_s is spent" if self.clock() >= self._deadline else ""
+
+    def _measure(self, case: Case) -> CaseResult:
+        lengths = [case.prompt_len] * case.batch
+        prompts = random_prompts(self._ids, lengths, np.random.default_rng(self.seed))
+        expected = 0.0 if case.is_prefill else self._expected_seconds(case, prompts)
+        times: list[float] = []
+        while len(times) < case.repetitions:
+            began = self.clock()
+            if began + expected > self._deadline:
+                break
+            times.append(self._one_time(case, prompts))
+            expected = self.clock() - began
+        if not times:
+            return CaseResult(case, note=f"skipped: about {expected:.0f} s a repetition")
+        return CaseResult(case, times, _departures(case, len(times)), self._work(case))
+
+    def _one_time(self, case: Case, prompts: list[list[int]]) -> float:
+        first = self._seconds(prompts, 1)
+        if case.is_prefill:
+            return first
+        return (self._seconds(prompts, case.num_tokens) - first) / (case.num_tokens - 1)
+
+    def _expected_seconds(self, case: Case, prompts: list[list[int]]) -> float:
+        """The warm-up, and how long it lets expect a repetition to be."""
+        num_tokens = min(WARM_UP_TOKENS, case.num_tokens)
+        first = self._seconds(prompts, 1)
+        more = max(0.0, self._seconds(prompts, num_tokens) - first)
+        return 2 * first + more * (case.num_tokens - 1) / (num_tokens - 1)
+
+    def _seconds(self, prompts: list[list[int]], num_tokens: int) -> float:
+        # seeds of their own: equal ones would draw alike, and a batch would meet few experts
+        params = [
+            replace(self.params, max_tokens=num_tokens, seed=self.seed + i)
+            for i in range(len(prompts))
+        ]
+        began = self.clock()
+        outputs = self.engine.generate(prompts, params, use_tqdm=False)
+        took = self.clock() - began
+        assert all(len(output.outputs[0].token_ids) == num_tokens for output in outputs)
+        return took
+
+    def _work(self, case: Case) -> Work:
+        config, itemsize = self.engine.model_config, DTYPE_BYTES[self.engine.config.dtype]
+        if case.is_prefill:
+            return prefill_work(config, case.batch, case.prompt_len, itemsize)
+        context = mean_context(case.prompt_len, case.num_tokens)
+        return decode_work(config, case.batch, context, itemsize)
+
+
+def _departures(case: Case, repetitions: int) -> str:
+    """How a measurement differs from the definition of its case."""
+    defined = next(known for known in CASES if known.name == case.name)
+    notes = []
+    if case.num_tokens != defined.num_tokens:
+        notes.append(f"{case.num_tokens} new tokens instead of {defined.num_tokens}")
+    if repetitions != defined.repetitions:
+        notes.append(f"{repetitions} of {defined.repetitions} repetitions")
+    return "; ".join(notes)
+
+
+def step_row(result: CaseResult, ceilings: Ceilings) -> dict[str, object]:
+    """A result as a flat record: for the table and for the JSON line."""
+    case = result.case
+    row: dict[str, object] = {"case": case.name}
+    if result.times:
+        floor = result.work.seconds(ceilings)
+        unit = "ms" if case.is_prefill else "ms_per_step"
+        row[unit] = 1e3 * result.seconds
+        if case.is_prefill:
+            row["prompt_tokens_per_s"] = case.batch * case.prompt_len / result.seconds
+        row |= {
+            "floor_ms": 1e3 * floor,
+            "share_of_floor": floor / result.seconds,
+            "bound": result.work.bound(ceilings),
+            "read_gb": result.work.num_bytes / 1e9,
+            "tflop": result.work.flops / 1e12,
+            "times_ms": [1e3 * t for t in result.times],
+        }
+    return row | {"note": result.note} if result.note else row

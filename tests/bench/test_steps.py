@@ -1,0 +1,187 @@
+"""--steps: the definition, on an engine whose time is made up; then once on the tiny one."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from ernie_engine.bench.floors import Ceilings, decode_work
+from ernie_engine.bench.steps import CASES, Case, StepBench, choose_cases, step_row
+from ernie_engine.config import ModelConfig
+from tests.tiny import open_engine
+
+MOE = Path(__file__).parents[2] / "configs" / "ernie-4.5-21b-a3b"
+H200 = Ceilings(4.47e12, 804e12)
+
+
+@dataclass
+class MadeUpEngine:
+    """A prompt token takes 1 ms, a step `step_s`; every call is kept."""
+
+    step_s: float = 0.010
+    max_model_len: int = 33000
+    num_kv_blocks: int = 10**6
+    max_num_seqs: int = 256
+    now: float = 0.0
+    calls: list = field(default_factory=list)
+    tokenizer: None = None
+
+    def __post_init__(self):
+        self.model_config = ModelConfig.from_folder(MOE)
+        self.config = SimpleNamespace(
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            block_size=16,
+            dtype="bfloat16",
+        )
+
+    def generate(self, prompts, params, *, use_tqdm):
+        assert use_tqdm is False
+        self.calls.append((prompts, params))
+        count = params[0].max_tokens
+        self.now += 0.001 * sum(map(len, prompts)) + (count - 1) * self.step_s
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[0] * count)]) for _ in prompts]
+
+
+def measure(engine: MadeUpEngine, case: Case, **options):
+    bench = StepBench(engine, clock=lambda: engine.now, **options)  # pyright: ignore[reportArgumentType]
+    (result,) = bench.run([case])
+    return result
+
+
+def case(name: str) -> Case:
+    (found,) = choose_cases(name, None)
+    return found
+
+
+def test_the_cases_are_those_of_the_definition():
+    table = {c.name: (c.batch, c.prompt_len, c.num_tokens, c.repetitions) for c in CASES}
+    assert table == {
+        "b=1": (1, 128, 256, 3),
+        "b=8": (8, 128, 256, 3),
+        "b=32": (32, 128, 256, 3),
+        "b=128": (128, 128, 256, 3),
+        "b=256": (256, 128, 256, 3),
+        "b=1@32k": (1, 32000, 64, 1),
+        "b=32@8k": (32, 8000, 64, 1),
+        "1x128": (1, 128, 1, 3),
+        "1x1024": (1, 1024, 1, 3),
+        "16x1024": (16, 1024, 1, 3),
+        "4x8192": (4, 8192, 1, 3),
+        "1x32768": (1, 32768, 1, 3),
+    }
+
+
+def test_a_decode_step_is_the_difference_of_two_times():
+    engine = MadeUpEngine(step_s=0.010)
+    result = measure(engine, case("b=8"))
+    assert result.times == pytest.approx([0.010] * 3)
+    row = step_row(result, H200)
+    assert row["ms_per_step"] == pytest.approx(10.0)
+    floor = decode_work(engine.model_config, 8, 256, 2).seconds(H200)
+    assert row["floor_ms"] == pytest.approx(1e3 * floor)
+    assert row["share_of_floor"] == pytest.approx(floor / 0.010)
+    assert (row["bound"], "note" in row) == ("memory", False)
+
+
+def test_all_prompts_at_once_greedy_and_without_an_end():
+    engine = MadeUpEngine()
+    measure(engine, case("b=8"))
+    measured = engine.calls[2:]  # after the warm-up
+    assert [params[0].max_tokens for _, params in measured] == [1, 256] * 3
+    for prompts, params in measured:
+        assert [len(prompt) for prompt in prompts] == [128] * 8
+        assert len({tuple(prompt) for prompt in prompts}) == 8
+        assert all(p.temperature == 0 and p.ignore_eos for p in params)
+
+
+def test_sampled_rows_draw_apart():
+    engine = MadeUpEngine()
+    measure(engine, case("b=8"), sampled=True)
+    params = engine.calls[-1][1]
+    assert {(p.temperature, p.top_p) for p in params} == {(0.8, 0.8)}
+    assert len({p.seed for p in params}) == 8
+
+
+def test_the_figure_is_the_median_of_decode_and_the_best_of_prefill():
+    decode = measure(MadeUpEngine(), case("b=1"))
+    object.__setattr__(decode, "times", [3.0, 1.0, 2.5])
+    assert decode.seconds == 2.5
+    prefill = measure(MadeUpEngine(), case("16x1024"))
+    object.__setattr__(prefill, "times", [3.0, 1.0, 2.5])
+    assert prefill.seconds == 1.0
+
+
+def test_prefill_is_told_as_time_and_as_rate():
+    row = step_row(measure(MadeUpEngine(), case("4x8192")), H200)
+    assert row["ms"] == pytest.approx(4 * 8192)
+    assert row["prompt_tokens_per_s"] == pytest.approx(1000)
+    assert row["bound"] == "compute"
+
+
+@pytest.mark.parametrize(
+    ("limits", "name", "why"),
+    [
+        ({"max_model_len": 32063}, "b=1@32k", "max_model_len=32063"),
+        ({"max_num_seqs": 255}, "b=256", "max_num_seqs=255"),
+        ({"num_kv_blocks": 191}, "b=8", "192 K/V blocks"),
+    ],
+)
+def test_what_does_not_fit_is_skipped_with_a_note(limits, name, why):
+    engine = MadeUpEngine(**limits)
+    row = step_row(measure(engine, case(name)), H200)
+    assert why in str(row["note"]) and "ms_per_step" not in row
+    assert engine.calls == []
+
+
+def test_what_just_fits_is_measured():
+    limits = {"max_model_len": 32064, "num_kv_blocks": 2004}
+    assert measure(MadeUpEngine(**limits), case("b=1@32k")).times
+
+
+def test_a_budget_leaves_out_repetitions_and_says_so():
+    # a step of 1 s: the warm-up takes 8 s and a bit, a repetition 255 s and a bit
+    engine = MadeUpEngine(step_s=1.0)
+    result = measure(engine, case("b=1"), budget_s=600)
+    assert len(result.times) == 2
+    assert "2 of 3 repetitions" in result.note
+    assert engine.now < 600
+
+
+def test_a_budget_leaves_out_what_would_not_fit_at_all():
+    engine = MadeUpEngine(step_s=1.0)
+    result = measure(engine, case("b=1"), budget_s=200)
+    assert not result.times and "about 255 s a repetition" in result.note
+    assert engine.now < 10  # the warm-up alone
+    spent = MadeUpEngine()
+    assert "spent" in measure(spent, case("1x128"), budget_s=0).note and not spent.calls
+
+
+def test_cases_are_chosen_by_name_and_by_group():
+    assert [c.name for c in choose_cases("prefill,b=8,b=1", None)] == [
+        *("b=1", "b=8", "1x128", "1x1024", "16x1024", "4x8192", "1x32768")
+    ]
+    assert len(choose_cases(None, None)) == len(CASES) == 12
+    assert all(not c.is_prefill for c in choose_cases("decode", None))
+    with pytest.raises(ValueError, match="b=2"):
+        choose_cases("b=1,b=2", None)
+
+
+def test_another_number_of_tokens_is_noted():
+    (short,) = choose_cases("b=1", 17)
+    assert "17 new tokens instead of 256" in measure(MadeUpEngine(), short).note
+    assert choose_cases("1x128", 17) == choose_cases("1x128", None)
+    with pytest.raises(ValueError, match="num_tokens=1"):
+        choose_cases("b=1", 1)
+
+
+def test_the_tiny_engine(tiny):
+    cases = choose_cases("b=1,b=8,b=32,1x128", 5)
+    with open_engine(tiny, enable_prefix_caching=False) as engine:
+        rows = [step_row(result, H200) for result in StepBench(engine).run(cases)]
+    measured, skipped = rows[:2] + rows[3:], rows[2]
+    assert "max_num_seqs=8" in str(skipped["note"])
+    for row in measured:
+        share = row["share_of_floor"]
+        assert isinstance(share, float) and 0 < share < 1
