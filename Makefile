@@ -6,6 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := checkpoints/demo
+PORT := 30000
 
 .PHONY: demo test check test-all test-gpu format clean
 
@@ -22,7 +23,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: $(VENV)/.installed
 	test -d $(DEMO) || $(BIN)/python scripts/make_checkpoint.py $(DEMO)
-	$(BIN)/python scripts/generate.py --model $(DEMO) --chat --max-tokens 48 "What is an inference engine?"
+	$(BIN)/python scripts/demo.py --model $(DEMO) --port $(PORT) --max-tokens 48 \
+		"What is an inference engine?" "And what is it good for?"
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not gpu and not slow"
