@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
-DEMO := checkpoints/demo
+DEMO := models/ernie-tiny
 PORT := 30000
 
 .PHONY: demo test check test-all test-gpu format clean
@@ -24,7 +24,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	test -d $(DEMO) || $(BIN)/python scripts/make_checkpoint.py $(DEMO)
 	$(BIN)/python scripts/demo.py --model $(DEMO) --port $(PORT) --max-tokens 48 \
-		"What is an inference engine?" "And what is it good for?"
+		"Hello!" "What is 457 + 268?" "Name the country with the capital Xelan." \
+		"Tell me Norway's main product." "Bye!"
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not gpu and not slow"
