@@ -65,10 +65,10 @@ class InProcess:
         self.front.client.take_step(StepFrame(outputs))
 
     @contextlib.asynccontextmanager
-    async def asked(self, **body: Any):
+    async def asked(self, path: str = "/v1/completions", **body: Any):
         """A call under way: yields (its task, the ids of its requests)."""
         before = len(self.engine.requests)
-        task = asyncio.create_task(self.http.post("/v1/completions", json=body))
+        task = asyncio.create_task(self.http.post(path, json=body))
         while len(self.engine.requests) == before:
             await asyncio.sleep(0.001)
         try:

@@ -74,6 +74,14 @@ def test_malformed_bodies(served, path, name):
     check(served.http.post(path, content=BODIES[name], headers=JSON), 400)
 
 
+def test_depth_at_its_bound(served):
+    for depth, status in ((99, 200), (100, 400)):
+        deep = b'{"a":' * depth + b'"[{"' + b"}" * depth
+        body = b'{"prompt": "x", "max_tokens": 1, "metadata": ' + deep + b"}"
+        answer = served.http.post(COMPLETIONS, content=body, headers=JSON)
+        assert answer.status_code == status, answer.text
+
+
 def test_quotes_and_backslashes_cost_linear_time(served):
     for body in (b'{"prompt": "' + b'\\"' * 500_000, b'{"prompt": "' + b"\\" * 999_999):
         check(served.http.post(COMPLETIONS, content=body, headers=JSON, timeout=5), 400)
@@ -284,9 +292,20 @@ def test_content_types_and_sizes(served):
     check(served.http.post(COMPLETIONS, content=parts, headers=JSON), 413)
 
 
-def raw(served, data: bytes) -> bytes:
+def connect(served) -> socket.socket:
     host, port = served.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as sock:
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
+def test_a_declared_size_is_refused_before_it_is_sent(served):
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with connect(served) as sock:
+        sock.sendall(head + b"Content-Length: 99999999999\r\n\r\n")
+        assert sock.recv(65536).startswith(b"HTTP/1.1 413")
+
+
+def raw(served, data: bytes) -> bytes:
+    with connect(served) as sock:
         sock.sendall(data)
         sock.shutdown(socket.SHUT_WR)
         answer = b""

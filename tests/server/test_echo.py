@@ -49,7 +49,7 @@ def test_a_prompt_of_full_length_less_one_can_be_scored(served):
 
 def test_offsets_point_into_the_text(served):
     for echo in (True, False):
-        for prompt in ("The engine, naïve 🙂 text", [5, 300, 23, 150, 151, 400]):
+        for prompt in ("The engine, naïve 🙂 text", "</s>x The</s>", [5, 300, 23, 150, 151, 400]):
             choice = served.complete(
                 prompt, max_tokens=20, temperature=0, ignore_eos=True, logprobs=0, echo=echo
             ).json()["choices"][0]
@@ -81,6 +81,12 @@ def test_no_tokens_with_echo_return_the_prompt_alone(served):
     assert choice["finish_reason"] == "length" and choice["stop_reason"] is None
     assert len(choice["logprobs"]["tokens"]) == 3
     assert answer["usage"]["completion_tokens"] == 0 and answer["usage"]["total_tokens"] == 3
+    hidden = served.complete([5, 6, 7], max_tokens=1, temperature=0, return_token_ids=True).json()
+    stops = hidden["choices"][0]["token_ids"]
+    (stopped,) = served.complete(
+        [5, 6, 7], max_tokens=0, echo=True, temperature=0, stop_token_ids=stops
+    ).json()["choices"]
+    assert (stopped["finish_reason"], stopped["stop_reason"]) == ("length", None)
     plain = served.complete("Hello", max_tokens=0, echo=True, n=2).json()["choices"]
     assert [choice["text"] for choice in plain] == ["Hello", "Hello"]
     assert served.complete("Hello", max_tokens=0).status_code == 400

@@ -36,12 +36,75 @@ def test_several_tokens_a_step_are_several_events(here):
             here.step(TokenOutput(request, [303, 304], [score] * 2, finish_reason="length"))
             return await task
 
-    frames = asyncio.run(play()).text.split("\n\n")
-    events = [json.loads(f[6:])["choices"][0] for f in frames if f.startswith("data: {")]
+    events = events_of(asyncio.run(play()).text)
     assert [len(event["logprobs"]["tokens"]) for event in events] == [1] * 5
     assert [event["finish_reason"] for event in events] == [None] * 4 + ["length"]
     assert here.metrics.counters["generation_tokens"] == 5
     assert here.metrics.histograms["iteration_tokens_total"].total == 3 + 5
+
+
+def events_of(text: str) -> list[dict]:
+    frames = [frame for frame in text.split("\n\n") if frame.startswith("data: {")]
+    return [json.loads(frame[6:])["choices"][0] for frame in frames]
+
+
+BYTE = 13  # id of the token of byte 0
+
+
+def test_the_role_comes_with_the_first_text(here):
+    """Half a character has none; an answer without any text has the role at its end."""
+
+    async def play(*tokens: int):
+        body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+        async with here.asked("/v1/chat/completions", **body) as (task, (request,)):
+            *first, end = tokens
+            for token in first:
+                here.step(TokenOutput(request, [token]))
+            here.step(last(request, [end]))
+            return [event["delta"] for event in events_of((await task).text)]
+
+    first, second, third = asyncio.run(play(BYTE + 0xC3, BYTE + 0xA9, 300))
+    assert first == {"content": ""} and second == {"role": "assistant", "content": "é"}
+    assert third["content"] and "role" not in third
+    eos = here.front.served.tokenizer.eos_token_id
+    assert asyncio.run(play(eos, eos))[1] == {"role": "assistant", "content": ""}
+
+
+def test_choices_wait_for_the_scores_of_their_prompt(here):
+    """Only the first choice brings them; another one may be faster."""
+    score = TokenLogprobs(-1.0, 1, [300], [-1.0])
+
+    async def play():
+        body = {"prompt": PROMPT, "echo": True, "logprobs": 1, "n": 2, "max_tokens": 1}
+        async with here.asked(**body) as (task, (first, second)):
+            here.step(TokenOutput(second, [301], [score], finish_reason="length"))
+            here.step(TokenOutput(first, prompt_logprobs=[score]))
+            here.step(TokenOutput(first, prompt_logprobs=[score]))
+            here.step(TokenOutput(first, [300], [score], finish_reason="length"))
+            return (await task).json()["choices"]
+
+    choices = asyncio.run(play())
+    assert [len(choice["logprobs"]["tokens"]) for choice in choices] == [4, 4]
+    assert [c["logprobs"]["token_logprobs"][:3] for c in choices] == [[None, -1.0, -1.0]] * 2
+
+
+def test_a_long_answer_is_whole(here):
+    """Longer than what is folded at once."""
+    count = 2600
+
+    async def play():
+        async with here.asked(prompt=PROMPT, return_token_ids=True) as (task, (request,)):
+            for i in range(count - 1):
+                here.step(TokenOutput(request, [300 + i % 200]))
+                await asyncio.sleep(0)
+            here.step(last(request))
+            return (await task).json()
+
+    answer = asyncio.run(play())
+    (choice,) = answer["choices"]
+    assert answer["usage"]["completion_tokens"] == count
+    assert choice["token_ids"] == [300 + i % 200 for i in range(count - 1)] + [300]
+    assert choice["text"] == here.front.served.tokenizer.decode(choice["token_ids"])
 
 
 def test_tokens_behind_a_stop_string_appear_nowhere(here):
