@@ -11,6 +11,8 @@ from pathlib import Path
 import httpx
 from openai import AsyncOpenAI, OpenAI
 
+from ernie_engine.server.engine_process import HEARTBEAT_SECONDS
+
 ROOT = Path(__file__).parents[2]
 SMALL = ["--max-num-seqs", "8", "--kv-cache-memory-bytes", str(4 << 20), "--device", "cpu"]
 START_SECONDS = 60
@@ -66,8 +68,13 @@ class Served:
         assert found, f"no metric {name} {labels}"
         return total
 
+    def wait_metric(self, name: str, value: float, seconds: float = 5.0) -> None:
+        """For what the engine process counts: the front end hears of it a little later."""
+        self._wait(lambda: self.metric(name) == value, seconds)
+
     def wait_idle(self, seconds: float = 5.0) -> None:
         """Nothing runs, nothing waits, no block is held."""
+        time.sleep(2 * HEARTBEAT_SECONDS)  # what was told before this call does not count
         names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
         self._wait(lambda: not any(self.metric(name) for name in names), seconds)
         assert self.http.get("/load").json() == {"server_load": 0}
