@@ -62,6 +62,19 @@ def test_a_token_does_not_know_its_company(moe_experts, dtype, randn, assert_nea
         assert_near(together[t : t + 1], alone.cpu().double())
 
 
+@pytest.mark.parametrize("num_ranks", [2, 3, 6])
+def test_experts_dealt_out_whole_add_up(moe_experts, dtype, randn, assert_near, num_ranks):
+    x, gate_up, down, weights, ids = make(randn, 9, 6, 20, 12, 2)
+    partial = []
+    for first in range(0, 6, 6 // num_ranks):
+        mine = slice(first, first + 6 // num_ranks)
+        partial.append(moe_experts(x, gate_up[mine], down[mine], weights, ids, first))
+        passed_over = (ids < mine.start) | (ids >= mine.stop)
+        assert (partial[-1][passed_over.all(dim=1)] == 0).all()
+    total = torch.stack(partial).double().sum(dim=0)
+    assert_near(total.to(dtype), naive(x, gate_up, down, weights, ids), factor=2)
+
+
 def constant_experts(values, device):
     """Experts whose output for x = 1 is the given value, exactly: silu(32) is 32 in bf16."""
     values = torch.tensor(values, device=device)
