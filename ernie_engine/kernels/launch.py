@@ -1,0 +1,35 @@
+"""Launch parameters by table: an op's file holds a small dict, chosen by scripts/bench_kernels.py.
+
+Owns the choice of a row by architecture and size. Never times anything: a row is right or slow,
+and there is always a default one for cards that nobody has measured.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+
+import torch
+
+DEFAULT = "default"
+# (architecture such as "sm_90" or DEFAULT, largest size of the bucket) -> launch parameters.
+# Sizes above an architecture's largest bucket use that bucket.
+Table = Mapping[tuple[str, int], Mapping[str, int]]
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """sm_90 for an H200; DEFAULT where there is no CUDA device (the interpreter)."""
+    if device.type != "cuda":
+        return DEFAULT
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def pick(table: Table, device: torch.device, size: int) -> Mapping[str, int]:
+    """The row of the smallest bucket that holds `size`, of this architecture or the default."""
+    arch = architecture(device)
+    buckets = sorted(bound for name, bound in table if name == arch)
+    if not buckets:
+        arch = DEFAULT
+        buckets = sorted(bound for name, bound in table if name == arch)
+    bound = next((b for b in buckets if size <= b), buckets[-1])
+    return table[arch, bound]
