@@ -34,10 +34,15 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None  # overrides the measurement; CPU default 4 GiB
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
-    max_steps_in_flight: int | None = None  # None: 2 on a GPU, 1 on a CPU
+    max_steps_in_flight: int | None = None  # None: one a pipeline stage, one more on a GPU
     max_logprobs: int = 20
-    tensor_parallel_size: int = 1
-    pipeline_parallel_size: int = 1
+    tensor_parallel_size: int | None = None  # None: 1; under torchrun, what fits a host
+    pipeline_parallel_size: int | None = None  # None: 1; under torchrun, the rest of the ranks
+    enable_expert_parallel: bool = False  # deal experts out whole instead of cutting each
+    distributed_timeout_seconds: int = 600  # of a collective, and of the ranks' meeting
+    peer_timeout_seconds: float = 10.0  # silence or a step without progress: that rank is lost
+    control_port: int | None = None  # of rank 0, for plans and results; None: any free one
+    debug: bool = False  # every rank checks every plan's digest and every step's tokens
 
     def __post_init__(self) -> None:
         _check_one_of("dtype", self.dtype, DTYPES)
@@ -52,18 +57,27 @@ class EngineConfig:
                 _check_positive(field.name, value, optional=field.type is not int)
         if type(self.max_logprobs) is not int or self.max_logprobs < 0:
             raise ValueError(f"max_logprobs={self.max_logprobs!r}: must be an integer, 0 or more")
+        seconds = self.peer_timeout_seconds
+        if type(seconds) not in (int, float) or not 1 <= seconds <= 3600:
+            raise ValueError(f"peer_timeout_seconds={seconds!r}: must be from 1 to 3600")
         share = self.gpu_memory_utilization
         if type(share) not in (int, float) or not (math.isfinite(share) and 0 < share <= 1):
             raise ValueError(f"gpu_memory_utilization={share!r}: must be above 0 and at most 1")
-        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
-            if getattr(self, name) != 1:
-                raise ValueError(f"{name}={getattr(self, name)}: only 1 works in this version")
 
-    def resolve(self, model: ModelConfig, cuda: bool) -> "ResolvedConfig":
-        """Settle every None and "auto" for a model, on a machine with or without a GPU."""
-        names = {"auto": "cuda:0" if cuda else "cpu", "cuda": "cuda:0"}
+    def resolve(
+        self, model: ModelConfig, cuda: bool, *, tp: int = 1, pp: int = 1, local_rank: int = 0
+    ) -> "ResolvedConfig":
+        """Settle every None and "auto" for a model, on a machine with or without a GPU, for the
+        `local_rank`-th process of its host in a grid of tp x pp ranks."""
+        mine = f"cuda:{local_rank}"
+        names = {"auto": mine if cuda else "cpu", "cuda": mine}
         device = names.get(self.device, self.device)
         on_gpu = device.startswith("cuda")
+        if tp * pp > 1 and re.fullmatch(r"cuda:\d+", self.device):
+            raise ValueError(
+                f"device={self.device!r}: each of {tp * pp} ranks takes the GPU of its local rank; "
+                "use device='cuda', and CUDA_VISIBLE_DEVICES to choose among them"
+            )
         if on_gpu and not cuda:
             raise ValueError(f"device={device!r}: torch sees no CUDA device here; use device='cpu'")
         longest = model.max_position_embeddings
@@ -85,7 +99,10 @@ class EngineConfig:
             "dtype": model.dtype if self.dtype == "auto" else self.dtype,
             "max_model_len": max_model_len,
             "max_num_batched_tokens": budget,
-            "max_steps_in_flight": self.max_steps_in_flight or (2 if on_gpu else 1),
+            # One a stage, so that all have work; on a GPU one more, planned while they run.
+            "max_steps_in_flight": self.max_steps_in_flight or pp + on_gpu,
+            "tensor_parallel_size": tp,
+            "pipeline_parallel_size": pp,
         }
         return ResolvedConfig(**values)
 
@@ -97,6 +114,8 @@ class ResolvedConfig(EngineConfig):
     max_model_len: int  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
     max_num_batched_tokens: int  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
     max_steps_in_flight: int  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
+    tensor_parallel_size: int  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
+    pipeline_parallel_size: int  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
 
 
 def _check_one_of(name: str, value: object, choices: tuple[str, ...]) -> None:

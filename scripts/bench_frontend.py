@@ -28,10 +28,11 @@ from ernie_engine.engine.core import describe
 from ernie_engine.engine.loop import Sink
 from ernie_engine.engine.request import Request, TokenOutput
 from ernie_engine.engine_config import EngineConfig
+from ernie_engine.framing import encode_json
 from ernie_engine.server.engine_process import FrontEndProcess, listen
 from ernie_engine.server.served import describe_model
 from ernie_engine.server.settings import ServerConfig, make_settings
-from ernie_engine.server.wire import READY, SETTINGS, EngineState, encode_json, encode_state
+from ernie_engine.server.wire import READY, SETTINGS, EngineState, encode_state
 from ernie_engine.testing.checkpoints import write_checkpoint
 from ernie_engine.testing.spec import CheckpointSpec
 

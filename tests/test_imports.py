@@ -13,18 +13,30 @@ MIND = {"columns", "plan", "request", "block_pool", "scheduler"}
 # room -> rooms it may import from (itself always)
 MAY_SEE = {
     "config": set(),
+    "framing": set(),
     "kernels": set(),
-    "parallel": set(),
+    "parallel": {"config", "framing"},
     "text": {"config"},
     "mind": {"config"},
     "model": {"config", "kernels", "parallel", "mind"},  # of the mind: the contract, plan.py
-    "engine": {"config", "mind", "model", "text"},
+    "engine": {"config", "mind", "model", "parallel", "text"},
     "evals": {"engine", "text"},
     "cli": {"config"},
     "bench": {"config", "engine", "mind", "text"},
-    "server": {"cli", "config", "engine", "mind", "text"},
+    "server": {"cli", "config", "engine", "framing", "mind", "text"},
     "testing": {"config", "text"},
-    "scripts": {"bench", "cli", "config", "engine", "mind", "evals", "server", "testing", "text"},
+    "scripts": {
+        "bench",
+        "cli",
+        "config",
+        "engine",
+        "framing",
+        "mind",
+        "evals",
+        "server",
+        "testing",
+        "text",
+    },
 }
 FORBIDDEN = {
     "config": {"torch", "transformers"},

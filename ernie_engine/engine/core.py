@@ -13,9 +13,10 @@ from ernie_engine.config import ModelConfig
 from ernie_engine.engine.block_pool import BlockPool
 from ernie_engine.engine.intake import Intake
 from ernie_engine.engine.loop import EngineLoop
+from ernie_engine.engine.ranks import gather_ranks
 from ernie_engine.engine.scheduler import Limits, Scheduler
 from ernie_engine.engine_config import ResolvedConfig
-from ernie_engine.model.startup import Description, describe, open_model
+from ernie_engine.model.startup import Description, describe
 from ernie_engine.text.generation import load_generation_defaults, stop_token_ids
 from ernie_engine.text.templates import load_chat_template
 from ernie_engine.text.tokenizer import load_tokenizer
@@ -23,6 +24,7 @@ from ernie_engine.text.tokenizer import load_tokenizer
 __all__ = ["EngineCore", "describe", "make_intake"]
 
 logger = logging.getLogger(__name__)
+LOST_SECONDS = 1.0  # for the thread of a loop that has failed
 
 
 class EngineCore:
@@ -30,22 +32,26 @@ class EngineCore:
 
     def __init__(self, description: Description):
         self.config, self.model_config = description.config, description.model_config
-        runner = open_model(description)
-        self.num_kv_blocks = runner.kv.num_blocks
+        self.ranks, self.num_kv_blocks = gather_ranks(description)
         limits = Limits(
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
             block_size=self.config.block_size,
             enable_prefix_caching=self.config.enable_prefix_caching,
             enable_chunked_prefill=self.config.enable_chunked_prefill,
+            num_stages=self.config.pipeline_parallel_size,
         )
         pool = BlockPool(self.num_kv_blocks)
         self.scheduler = Scheduler(limits, pool, digest_key=secrets.token_bytes(32))
-        self.loop = EngineLoop(self.scheduler, runner, self.config.max_steps_in_flight)
+        self.loop = EngineLoop(self.scheduler, self.ranks, self.config.max_steps_in_flight)
+        self.ranks.on_failure(self.loop.fail)
 
     def close(self) -> None:
-        """End open requests (finish_reason "abort") and the loop. Twice does no harm."""
-        self.loop.close()
+        """End open requests (finish_reason "abort"), the loop and the other ranks. Twice does no
+        harm."""
+        if not self.loop.close(LOST_SECONDS if self.loop.is_dead else None):
+            logger.error("a step hangs that waits for a lost rank: it is left as it is")
+        self.ranks.close()
 
 
 def make_intake(config: ResolvedConfig, model_config: ModelConfig) -> Intake:

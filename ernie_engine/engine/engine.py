@@ -18,6 +18,7 @@ from ernie_engine.engine.core import EngineCore, make_intake
 from ernie_engine.engine.intake import Job, Message, Prompt
 from ernie_engine.engine.loop import EngineDeadError, EngineLoop
 from ernie_engine.engine.request import Piece, RequestOutput, SamplingParams, TokenOutput
+from ernie_engine.engine.worker import serve_rank
 from ernie_engine.engine_config import EngineConfig
 from ernie_engine.model.startup import describe
 
@@ -30,16 +31,25 @@ class Engine:
     Args: `model`, the checkpoint's folder, and every field of EngineConfig by keyword.
     Raises ValueError for a checkpoint or a configuration that cannot be served, saying why.
     Methods may be called from several threads. Use it in a `with` block, or close() it.
+
+    With tensor_parallel_size or pipeline_parallel_size this process is rank 0 and starts the
+    others. Under torchrun all ranks call Engine() alike: above rank 0 the call works for rank 0
+    and returns when that closes; only rank 0 (`engine.rank`) can then ask for anything.
     """
 
     def __init__(self, model: str | Path, **fields: Any):
         _show_log()
         description = describe(EngineConfig(model=str(model), **fields))
         self.config, self.model_config = description.config, description.model_config
+        self.rank = description.world.rank
         self._intake = make_intake(self.config, self.model_config)
         self.tokenizer = self._intake.tokenizer
+        self._core: EngineCore | None = None
+        if self.rank > 0:
+            serve_rank(description)
+            return
         self._core = EngineCore(description)
-        self._loop, self.num_kv_blocks = self._core.loop, self._core.num_kv_blocks
+        self.num_kv_blocks = self._core.num_kv_blocks
 
     def generate(
         self,
@@ -101,8 +111,19 @@ class Engine:
         return Session(self._loop, [])
 
     def close(self) -> None:
-        """End open requests (finish_reason "abort") and the loop. Twice does no harm."""
-        self._core.close()
+        """End open requests (finish_reason "abort"), the loop and the other ranks. Twice does no
+        harm."""
+        if self._core is not None:
+            self._core.close()
+
+    @property
+    def _loop(self) -> EngineLoop:
+        if self._core is None:
+            raise EngineDeadError(
+                f"this is rank {self.rank}, which has worked for rank 0 and is done: "
+                "ask for answers only where engine.rank == 0"
+            )
+        return self._core.loop
 
     def __enter__(self) -> Self:
         return self

@@ -9,39 +9,37 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ernie_engine.engine.plan import (
-    SamplingPart,
-    StepPlan,
-    StepResult,
-    decode_plan,
-    decode_result,
-    encode_plan,
-    encode_result,
-)
+from ernie_engine.engine.plan import StepPlan, decode_result
 from ernie_engine.engine.request import Request, TokenOutput
 from ernie_engine.engine.scheduler import Scheduler
+from ernie_engine.engine.stage import plan_frame
 
 logger = logging.getLogger(__name__)
+_FAILED = "the engine failed"
 
 
 class EngineDeadError(RuntimeError):
     """The engine's loop has ended, by an error (then its cause) or by close()."""
 
 
-class Pending(Protocol):
-    def wait(self) -> StepResult: ...
+class PendingFrame(Protocol):
+    def wait(self) -> bytes: ...
 
 
-class Runner(Protocol):
-    """The body, as far as the loop knows it: model/runner.py, or a fake one in tests."""
+class Ranks(Protocol):
+    """All ranks, as far as the loop knows them: engine/ranks.py."""
 
-    def launch(self, plan: StepPlan) -> None: ...
+    debug: bool
 
-    def sample(self, part: SamplingPart) -> Pending: ...
+    def run(self, frame: bytes) -> PendingFrame: ...
+
+    def explain(self, error: Exception) -> Exception:
+        """Why a step failed, if somebody knows better than the one who noticed."""
+        ...
 
 
 class Sink(Protocol):
@@ -67,12 +65,12 @@ class _Stop:
 
 
 class EngineLoop:
-    """Runs the scheduler and the runner until close(); safe to call from any thread."""
+    """Runs the scheduler and the ranks until close(); safe to call from any thread."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, max_steps_in_flight: int):
-        self._scheduler, self._runner, self._depth = scheduler, runner, max_steps_in_flight
+    def __init__(self, scheduler: Scheduler, ranks: Ranks, max_steps_in_flight: int):
+        self._scheduler, self._ranks, self._depth = scheduler, ranks, max_steps_in_flight
         self._inbox: queue.SimpleQueue[_Arrival | _Abort | _Stop] = queue.SimpleQueue()
-        self._in_flight: deque[tuple[StepPlan, Pending]] = deque()
+        self._in_flight: deque[tuple[StepPlan, PendingFrame]] = deque()
         self._open: dict[int, tuple[Request, Sink]] = {}
         self._lock = threading.Lock()  # between "is it dead?" and "then put it in the inbox"
         self._death: EngineDeadError | None = None
@@ -91,10 +89,18 @@ class EngineLoop:
         """End requests wherever they are; those that have ended already are left alone."""
         self._inbox.put(_Abort(tuple(request_ids)))
 
-    def close(self) -> None:
-        """End what is open as aborted, then the thread. Can be called twice."""
+    def close(self, timeout: float | None = None) -> bool:
+        """End what is open as aborted, then the thread. Can be called twice. Whether it has
+        ended: within `timeout` seconds it may hang in a step."""
         self._inbox.put(_Stop())
-        self._thread.join()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def fail(self, error: Exception) -> None:
+        """From outside: no step can be done any more, though one may never end. What is open
+        hears of it at once."""
+        self._die(error)
+        self._inbox.put(_Stop())
 
     @property
     def is_dead(self) -> bool:
@@ -107,33 +113,43 @@ class EngineLoop:
         return time.monotonic() - self._moved_at if busy else 0.0
 
     def _run(self) -> None:
-        death = EngineDeadError("the engine is closed")
         try:
             while self._read_inbox():
                 self._turn()
             self._abort(list(self._open))
+            while self._in_flight:  # what others run with us, we leave together
+                self._in_flight.popleft()[1].wait()
         except Exception as error:
-            logger.exception("the engine loop failed")
-            death = EngineDeadError(f"the engine failed: {error}")
-            death.__cause__ = error
-        with self._lock:
-            self._death = death
-        self._end_all(death)
+            if self._death is None:
+                logger.exception("the engine loop failed")
+            self._die(self._ranks.explain(error))
+        self._die(None)
 
-    def _end_all(self, death: EngineDeadError) -> None:
-        """Nobody waits for an answer that cannot come: those running, those still in the inbox."""
-        sinks = [sink for _, sink in self._open.values()]
-        while not self._inbox.empty():
-            message = self._inbox.get()
-            if isinstance(message, _Arrival):
-                sinks.append(message.sink)
+    def _die(self, error: Exception | None) -> None:
+        """Once: nobody waits for an answer that cannot come, those running or in the inbox."""
+        death = EngineDeadError("the engine is closed" if error is None else f"{_FAILED}: {error}")
+        death.__cause__ = error
+        with self._lock:
+            if self._death is not None:
+                return
+            self._death = death
+        sinks = [sink for _, sink in list(self._open.values())]
+        sinks += [m.sink for m in self._unread() if isinstance(m, _Arrival)]
         for sink in {id(sink): sink for sink in sinks}.values():
             sink.put(death)
+
+    def _unread(self) -> Iterator[_Arrival | _Abort | _Stop]:
+        while True:
+            try:
+                yield self._inbox.get_nowait()
+            except queue.Empty:
+                return
 
     # --- one turn ---
 
     def _read_inbox(self) -> bool:
-        """Take in all that has come; wait for something when there is nothing to do."""
+        """Take in all that has come; wait for something when there is nothing to do. False at
+        the end."""
         idle = not self._in_flight and not self._scheduler.has_requests
         while idle or not self._inbox.empty():
             message = self._inbox.get()
@@ -161,13 +177,10 @@ class EngineLoop:
         plan = self._scheduler.schedule() if len(self._in_flight) < self._depth else None
         if plan is not None:
             self._stamp_started({new.slot for new in plan.new})
-            received = decode_plan(encode_plan(plan))
-            self._runner.launch(received)
-            self._in_flight.append((plan, self._runner.sample(received.sampling)))
+            self._in_flight.append((plan, self._ranks.run(plan_frame(plan, self._ranks.debug))))
         if self._in_flight and (plan is None or len(self._in_flight) == self._depth):
             done, pending = self._in_flight.popleft()
-            result = decode_result(encode_result(pending.wait()))
-            self._deliver(self._scheduler.commit(done, result))
+            self._deliver(self._scheduler.commit(done, decode_result(pending.wait())))
 
     def _stamp_started(self, slots: Collection[int]) -> None:
         for request in self._scheduler.running if slots else ():

@@ -132,6 +132,8 @@ class Request:
     num_prompt_scored: int = 0  # prompt tokens whose log-probabilities are returned or in flight
     num_cached_tokens: int = 0  # prefix hits at the first admission
     num_preemptions: int = 0
+    moved_by: int = -1  # the last step that computed some of its tokens
+    sampled_by: int = -1  # the last step that drew one
     started_at: float = 0.0  # by the loop's clock: when it was first planned
     block_ids: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)  # of the full blocks of known tokens

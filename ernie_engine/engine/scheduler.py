@@ -3,6 +3,9 @@
 Owns the waiting and running requests, their slots and blocks. One rule schedules everything:
 each step lets a request's computed tokens catch up with its known and promised ones, under a
 token budget, first come first served. No clock, no random number, no tensor, no text.
+
+With pipeline stages a step takes one cohort: its even share of the requests, those that ran
+longest ago; so as many steps are under way as there are stages, and none waits for a token.
 """
 
 import heapq
@@ -24,6 +27,7 @@ class Limits:
     block_size: int
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
+    num_stages: int = 1  # of the pipeline
 
 
 @dataclass(slots=True)
@@ -37,9 +41,11 @@ class _Row:
 
 @dataclass(slots=True)
 class _Draft:
-    """The step being put together: its rows and what is left of the token budget."""
+    """The step being put together: its rows, what is left of the token budget and for how many
+    more requests there is room."""
 
     budget: int
+    room: int
     rows: list[_Row] = field(default_factory=list)
     new: list[NewSlot] = field(default_factory=list)
 
@@ -96,35 +102,62 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None if no request can move before a step in flight is committed."""
-        draft = _Draft(self.limits.max_num_batched_tokens)
+        draft = _Draft(self.limits.max_num_batched_tokens, self._cohort_size())
         num_preempted = len(self._preempted)
         self._continue_running(draft)
         if len(self._preempted) == num_preempted:  # else blocks are short
             self._admit_waiting(draft)
         return self._launch(draft) if draft.rows else None
 
+    def _cohort_size(self) -> int:
+        """How many requests a step may move: an even share, so that each stage has work."""
+        num_requests = min(len(self.running) + len(self.waiting), self.limits.max_num_seqs)
+        return -(-num_requests // self.limits.num_stages)
+
+    def _can_move(self, request: Request) -> bool:
+        """Whether its last token is known, or drawn by the time its step reaches the first
+        stage: as many steps were launched since as there are stages."""
+        was_drawn = self._next_step_id - request.sampled_by >= self.limits.num_stages
+        return request.num_promised == 0 or was_drawn
+
     def _continue_running(self, draft: _Draft) -> None:
-        index = 0
-        while index < len(self.running) and draft.budget > 0:
-            request = self.running[index]
-            num_tokens = min(request.num_pending, draft.budget)
-            if num_tokens > 0 and not self._grow(request, num_tokens, draft):
+        for request in self._in_turn():
+            if draft.budget == 0 or draft.room == 0:
                 return
-            index += 1
+            num_tokens = min(request.num_pending, draft.budget)
+            was_preempted = not request.block_ids  # for one before it
+            if num_tokens > 0 and not was_preempted and self._can_move(request):
+                self._grow(request, num_tokens, draft)
 
-    def _grow(self, request: Request, num_tokens: int, draft: _Draft) -> bool:
-        """Add a row for a running request, taking blocks from the youngest ones if need be.
+    def _in_turn(self) -> list[Request]:
+        """The running ones, oldest first; with several stages, first those that ran longest ago."""
+        if self.limits.num_stages == 1:
+            return self.running[:]
+        return sorted(self.running, key=lambda request: request.moved_by)
 
-        False if older ones hold too much: it keeps its own blocks and waits. Alone it always
-        fits, for the pool holds at least one request of full length.
+    def _grow(self, request: Request, num_tokens: int, draft: _Draft) -> None:
+        """Add a row for a running request, taking blocks from younger ones if need be.
+
+        If older ones hold too much it keeps its own blocks and waits. The oldest always fits, for
+        the pool holds at least one request of full length.
         """
         num_new = self._blocks_for(request.num_computed + num_tokens) - len(request.block_ids)
         while (blocks := self.pool.take((), num_new)) is None:
-            if self.running[-1] is request:
-                return False
-            self._preempt(self.running.pop())
+            victim = self._youngest_after(request)
+            if victim is None:
+                return
+            self.running.remove(victim)
+            self._preempt(victim)
         self._add_row(draft, request, num_tokens, blocks, starts=False)
-        return True
+
+    def _youngest_after(self, request: Request) -> Request | None:
+        """The youngest running one that is younger and has no row in the coming step."""
+        for other in reversed(self.running):
+            if other is request:
+                return None
+            if other.moved_by != self._next_step_id:
+                return other
+        raise AssertionError("a running request is among the running ones")
 
     def _preempt(self, request: Request) -> None:
         """Take a request's blocks; it keeps its slot and tokens and recomputes them later."""
@@ -136,9 +169,11 @@ class Scheduler:
         self.waiting.appendleft(request)
 
     def _admit_waiting(self, draft: _Draft) -> None:
-        while self.waiting and draft.budget > 0:
+        while self.waiting and draft.budget > 0 and draft.room > 0:
             request = self.waiting[0]
             if request.num_pending == 0 or (request.slot < 0 and not self._free_slots):
+                return
+            if not self._can_move(request):
                 return
             hits = self._cached_prefix(request)
             num_cached = len(hits) * self.limits.block_size
@@ -172,6 +207,8 @@ class Scheduler:
     ) -> None:
         draft.rows.append(_Row(request, request.num_computed, num_tokens, blocks, starts))
         draft.budget -= num_tokens
+        draft.room -= 1
+        request.moved_by = self._next_step_id
         request.block_ids.extend(blocks)
         request.num_computed += num_tokens
         # At once: a step writes all K/V before it reads any, so the next row can share already.
@@ -209,6 +246,7 @@ class Scheduler:
             if request.num_computed == request.num_tokens:
                 sampled.append(index)
                 request.num_promised += 1
+                request.sampled_by = step_id
         answering = [rows[i].request for i in sampled], [rows[i].request for i in scored]
         self._in_flight.append(_InFlight(step_id, *answering))
         return SamplingPart(sampled, scored, offsets, counts)

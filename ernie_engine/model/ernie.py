@@ -15,7 +15,6 @@ from ernie_engine.kernels.rope import rope_table
 from ernie_engine.model.batch import ForwardBatch
 from ernie_engine.model.kv_cache import KVCache
 from ernie_engine.model.moe import MLP, MoE
-from ernie_engine.parallel.comm import all_gather_last
 from ernie_engine.parallel.layers import (
     QKVParallelLinear,
     RowParallelLinear,
@@ -45,9 +44,9 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal grouped-query attention over the rows' paged context."""
 
-    def __init__(self, config: ModelConfig, ops: Ops, place: Placement, layer: int, rope: Tensor):
+    def __init__(self, config: ModelConfig, ops: Ops, place: Placement, index: int, rope: Tensor):
         super().__init__()
-        self.ops, self.layer, self.rope = ops, layer, rope
+        self.ops, self.index, self.rope = ops, index, rope  # of the rank's layers in the cache
         heads, head_dim, hidden = config.num_attention_heads, config.head_dim, config.hidden_size
         self.scale = head_dim**-0.5
         self.qkv_proj = QKVParallelLinear(
@@ -57,7 +56,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, batch: ForwardBatch, kv: KVCache) -> Tensor:  # [T, H] -> [T, H]
         q, k, v = self.qkv_proj(x)
-        cache = kv.layer(self.layer)
+        cache = kv.layer(self.index)
         q = self.ops.rope_and_cache(q, k, v, self.rope, batch.positions, *cache, batch.cache_slots)
         return self.o_proj(self._attend(q, batch, *cache).flatten(1))
 
@@ -79,10 +78,20 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, ops: Ops, place: Placement, layer: int, rope: Tensor):
+    """`layer` counts all of the model's, `index` this rank's."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        place: Placement,
+        layer: int,
+        index: int,
+        rope: Tensor,
+    ):
         super().__init__()
         self.input_layernorm = RMSNorm(config, ops, place)
-        self.self_attn = Attention(config, ops, place, layer, rope)
+        self.self_attn = Attention(config, ops, place, index, rope)
         self.post_attention_layernorm = RMSNorm(config, ops, place)
         if config.is_moe_layer(layer):
             self.mlp = MoE(config, ops, place)
@@ -106,39 +115,59 @@ class DecoderLayer(nn.Module):
 
 
 class Ernie(nn.Module):
-    """The whole decoder: forward() to the last hidden state, logits() from chosen rows of it."""
+    """A pipeline stage of the decoder, or all of it: the given layers under their global names.
 
-    def __init__(self, config: ModelConfig, ops: Ops, place: Placement, max_model_len: int):
+    The first stage looks tokens up, the last has the final norm and the head; with a tied head
+    both hold the embedding. forward() gives the hidden stream after the layers, logits() those of
+    chosen rows of the last stage's.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        place: Placement,
+        max_model_len: int,
+        layers: range | None = None,
+    ):
         super().__init__()
-        self.ops, self.mesh = ops, place.mesh
+        self.ops, self.tied = ops, config.tie_word_embeddings
+        self.layer_ids = layers = range(config.num_hidden_layers) if layers is None else layers
+        first, last = layers.start == 0, layers.stop == config.num_hidden_layers
         rope = rope_table(max_model_len, config.head_dim, config.rope_theta, place.device)
-        self.embed = VocabParallel(config.vocab_size, config.hidden_size, place)
+        table = config.vocab_size, config.hidden_size, place
+        self.embed = VocabParallel(*table) if first or (last and self.tied) else None
         self.layers = nn.ModuleList(
-            DecoderLayer(config, ops, place, layer, rope)
-            for layer in range(config.num_hidden_layers)
+            DecoderLayer(config, ops, place, layer, layer - layers.start, rope) for layer in layers
         )
-        self.norm = RMSNorm(config, ops, place)
-        tied = config.tie_word_embeddings
-        self.lm_head = None if tied else VocabParallel(config.vocab_size, config.hidden_size, place)
+        self.norm = RMSNorm(config, ops, place) if last else None
+        self.lm_head = VocabParallel(*table) if last and not self.tied else None
 
-    def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:  # -> [T, H], before the norm
-        x, residual = self.ops.embedding(batch.input_ids, self.embed.weight), None
+    def forward(self, batch: ForwardBatch, kv: KVCache, stream: Tensor | None) -> Tensor:
+        """`stream` [T, H]: what the stage before gave; None in the first -> [T, H]."""
+        if stream is None:
+            assert self.embed is not None
+            stream = self.embed.look_up(batch.input_ids, self.ops.embedding)
+        x, residual = stream, None
         for layer in self.layers:
             x, residual = layer(x, residual, batch, kv)
-        return x if residual is None else residual + x
+        return x if residual is None else residual + x  # as the next norm would add them
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Rows of forward()'s result [R, H] -> logits [R, V] fp32, on every rank."""
+        """Rows of the last stage's forward() [R, H] -> logits [R, V] fp32, on every rank of it."""
+        head = self.embed if self.tied else self.lm_head
+        assert self.norm is not None and head is not None, "only the last stage has logits"
         x, _ = self.norm(hidden, None)
-        head = self.embed if self.lm_head is None else self.lm_head
-        return all_gather_last(self.ops.vocab_head(x, head.weight), self.mesh)
+        return head.logits(x, self.ops.vocab_head)
 
     def parts(self) -> Iterator[WeightPart]:
-        """Where every checkpoint tensor goes, under the hub's names."""
-        yield from self.embed.parts("model.embed_tokens.weight")
-        for i, layer in enumerate(self.layers):
+        """Where each checkpoint tensor of these layers goes, under the hub's names."""
+        if self.embed is not None:
+            yield from self.embed.parts("model.embed_tokens.weight")
+        for i, layer in zip(self.layer_ids, self.layers, strict=True):
             assert isinstance(layer, DecoderLayer)
             yield from layer.parts(f"model.layers.{i}")
-        yield whole_part("model.norm.weight", self.norm.weight)
+        if self.norm is not None:
+            yield whole_part("model.norm.weight", self.norm.weight)
         if self.lm_head is not None:
             yield from self.lm_head.parts("lm_head.weight")

@@ -24,13 +24,15 @@ from ernie_engine.parallel.mesh import Placement
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x)); the dense layers and the shared experts."""
+    """down(silu(gate(x)) * up(x)); the dense layers and, without `reduce`, the shared experts."""
 
-    def __init__(self, hidden_size: int, width: int, ops: Ops, place: Placement):
+    def __init__(
+        self, hidden_size: int, width: int, ops: Ops, place: Placement, reduce: bool = True
+    ):
         super().__init__()
         self.ops = ops
         self.gate_up_proj = ColumnParallelLinear(hidden_size, [width, width], place, ops.linear)
-        self.down_proj = RowParallelLinear(width, hidden_size, place, ops.linear)
+        self.down_proj = RowParallelLinear(width, hidden_size, place, ops.linear, reduce)
 
     def forward(self, x: Tensor) -> Tensor:  # [T, H] -> [T, H]
         return self.down_proj(self.ops.swiglu(self.gate_up_proj(x)))
@@ -70,13 +72,17 @@ class MoE(nn.Module):
         self.gate = Router(config, ops, place)
         self.experts = ExpertWeights(config.moe_num_experts, hidden_size, width, place)
         shared_width = width * config.moe_num_shared_experts
-        self.shared_experts = MLP(hidden_size, shared_width, ops, place) if shared_width else None
+        self.shared_experts = None
+        if shared_width:
+            self.shared_experts = MLP(hidden_size, shared_width, ops, place, reduce=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [T, H] -> [T, H]
         weights, ids = self.gate(x)
-        routed = self.ops.moe_experts(x, self.experts.gate_up, self.experts.down, weights, ids)
-        routed = all_reduce(routed, self.mesh)
-        return routed if self.shared_experts is None else routed + self.shared_experts(x)
+        experts = self.experts
+        y = self.ops.moe_experts(x, experts.gate_up, experts.down, weights, ids, experts.first)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(x)
+        return all_reduce(y, self.mesh)  # one for both
 
     def parts(self, prefix: str) -> Iterator[WeightPart]:
         yield from self.gate.parts(prefix)

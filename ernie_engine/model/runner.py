@@ -22,8 +22,12 @@ from ernie_engine.kernels.registry import Ops
 from ernie_engine.model.batch import ForwardBatch, build_batch
 from ernie_engine.model.ernie import Ernie
 from ernie_engine.model.kv_cache import KVCache
+from ernie_engine.model.promises import Promises
 from ernie_engine.model.sampler import LogprobTensors, Sampler
 from ernie_engine.model.slots import Slots, to_device
+from ernie_engine.model.stage_clock import StageClock
+from ernie_engine.parallel.comm import check_equal
+from ernie_engine.parallel.pipe import Pipe
 
 PROMPT_LOGITS_CHUNK = 256  # rows of logits held at once while a prompt is scored
 
@@ -56,11 +60,23 @@ class PendingResult:
 
 
 class ModelRunner:
-    """Runs steps for the requests in `state`, over the blocks of `kv`."""
+    """Runs this rank's part of steps for the requests in `state`, over the blocks of `kv`."""
 
-    def __init__(self, model: Ernie, ops: Ops, state: Slots, kv: KVCache):
-        self.model, self.state, self.kv = model, state, kv
+    def __init__(
+        self,
+        model: Ernie,
+        ops: Ops,
+        state: Slots,
+        kv: KVCache,
+        pipe: Pipe,
+        max_steps_in_flight: int = 1,
+        debug: bool = False,
+    ):
+        self.model, self.state, self.kv, self.pipe = model, state, kv, pipe
+        self.mesh, self.debug = pipe.mesh, debug
         self.sampler = Sampler(ops, state)
+        self.promises = Promises(pipe, state, max_steps_in_flight)
+        self.clock = StageClock(state.device)
         self._launched: tuple[StepPlan, ForwardBatch, Tensor] | None = None
 
     @torch.inference_mode()
@@ -68,16 +84,35 @@ class ModelRunner:
         """Bring the slots up to the plan and run its forward pass."""
         if self.state.device.type == "cuda":
             torch.cuda.set_device(self.state.device)  # of this thread, which may be a new one
+        self.promises.drop(plan.freed)
         self.state.apply(plan)
+        self.promises.keep(plan.slots)
         batch = build_batch(plan, self.state)
-        self._launched = plan, batch, self.model(batch, self.kv)
+        stream = self.pipe.receive_stream(len(batch.input_ids))
+        self.clock.start()
+        hidden = self.model(batch, self.kv, stream)
+        self.pipe.send_stream(hidden)
+        self._launched = plan, batch, hidden
 
     @torch.inference_mode()
-    def sample(self, part: SamplingPart) -> PendingResult:
-        """Draw from the step just launched and start the copy of the answer to the host."""
+    def sample(self, part: SamplingPart) -> PendingResult | None:
+        """Draw from the step just launched and start the copy of the answer to the host; None if
+        another rank tells the answer."""
         assert self._launched is not None, "sample() follows launch()"
         plan, batch, hidden = self._launched
         self._launched = None
+        result = None
+        if self.mesh.is_last_stage:
+            result = self._answer(plan, part, batch, hidden)
+        elif self.mesh.is_first_stage and part.rows:
+            at = to_device(list(part.rows), torch.int64, hidden.device)
+            self.promises.expect([plan.slots[row] for row in part.rows], batch.slots[at])
+        self.clock.stop()
+        return result
+
+    def _answer(
+        self, plan: StepPlan, part: SamplingPart, batch: ForwardBatch, hidden: Tensor
+    ) -> PendingResult | None:
         tokens, logprobs = torch.empty(0, dtype=torch.int64), None
         slot_ids = [plan.slots[row] for row in part.rows]
         wanted = [self.state.specs[slot].num_logprobs for slot in slot_ids]
@@ -89,6 +124,8 @@ class ModelRunner:
                 part.prompt_rows, part.prompt_offsets, part.prompt_counts, strict=True
             )
         ]
+        if not self.mesh.is_reporter:
+            return None
         ready = None
         if hidden.is_cuda:
             ready = torch.cuda.Event()
@@ -107,7 +144,10 @@ class ModelRunner:
         slots = batch.slots[at]
         logits = self.model.logits(hidden[batch.row_ends[at]])
         tokens = self.sampler.draw(logits, slot_ids, slots)
-        self.state.append(slots, tokens)
+        if self.debug:
+            check_equal(tokens, self.mesh, f"tokens drawn for slots {slot_ids}")
+        self.state.write(slots, self.state.next_positions(slots), tokens)
+        self.pipe.send_tokens(tokens)
         asking = [i for i, count in enumerate(wanted) if count != NO_LOGPROBS]
         if not asking:
             return _to_host(tokens), None

@@ -91,6 +91,10 @@ class Slots:
         """The step that computes `num_tokens` more of each slot is launched."""
         self.num_computed[slots] += num_tokens
 
-    def append(self, slots: Tensor, token_ids: Tensor) -> None:
-        """Write each slot's drawn token where the next step will read it."""
-        self.history[slots, self.num_computed[slots]] = token_ids.int()
+    def next_positions(self, slots: Tensor) -> Tensor:
+        """Where each slot's next token belongs [R] int64, once a step has computed all others."""
+        return self.num_computed[slots]
+
+    def write(self, slots: Tensor, positions: Tensor, token_ids: Tensor) -> None:
+        """Put drawn tokens where the next step will read them."""
+        self.history[slots, positions] = token_ids.int()

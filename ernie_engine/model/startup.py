@@ -5,24 +5,31 @@ Owns that order and the arithmetic it prints. Runs no request.
 """
 
 import logging
+import os
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from ernie_engine.config import ModelConfig
+from ernie_engine.config import ModelConfig, Shapes
 from ernie_engine.engine.plan import NewSlot, SamplingPart, SamplingSpec, StepPlan
 from ernie_engine.engine_config import EngineConfig, ResolvedConfig
 from ernie_engine.kernels.decode_attention import MAX_GATHERED_TOKENS
-from ernie_engine.kernels.registry import select
+from ernie_engine.kernels.registry import Ops, select
 from ernie_engine.model.checkpoint import Checkpoint
 from ernie_engine.model.ernie import Ernie
 from ernie_engine.model.kv_cache import KVCache, KVGeometry
 from ernie_engine.model.runner import PROMPT_LOGITS_CHUNK, ModelRunner
 from ernie_engine.model.slots import Slots
 from ernie_engine.model.weights import fill_dummy, load_weights
+from ernie_engine.parallel.health import State
 from ernie_engine.parallel.mesh import Mesh, Placement
+from ernie_engine.parallel.pipe import Pipe
+from ernie_engine.parallel.planner import Grid, choose_grid, deal_layers
+from ernie_engine.parallel.world import World
 
 logger = logging.getLogger(__name__)
 GIB = 1 << 30
@@ -36,6 +43,11 @@ class Description:
     config: ResolvedConfig
     model_config: ModelConfig
     checkpoint: Checkpoint | None  # None: dummy weights
+    world: World
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.config.pipeline_parallel_size, self.config.tensor_parallel_size)
 
 
 def describe(config: EngineConfig) -> Description:
@@ -45,60 +57,123 @@ def describe(config: EngineConfig) -> Description:
         raise ValueError(f"model={config.model!r} is not a folder with a checkpoint")
     checkpoint = None if config.load_format == "dummy" else Checkpoint.open(folder)
     model_config = ModelConfig.from_folder(folder, checkpoint and checkpoint.shapes)
-    resolved = config.resolve(model_config, cuda=torch.cuda.is_available())
-    return Description(resolved, model_config, checkpoint)
+    world = World.from_env(os.environ)
+    grid = choose_grid(
+        model_config,
+        config.tensor_parallel_size,
+        config.pipeline_parallel_size,
+        config.enable_expert_parallel,
+        world,
+    )
+    if not world.is_launched:
+        world = replace(world, size=grid.size, local_size=grid.size)
+    cuda = torch.cuda.is_available()
+    resolved = config.resolve(
+        model_config, cuda, tp=grid.tp, pp=grid.pp, local_rank=world.local_rank
+    )
+    if resolved.device.startswith("cuda"):
+        _check_devices(world)
+    return Description(resolved, model_config, checkpoint, world)
 
 
-def open_model(description: Description) -> ModelRunner:
-    """Load the weights and take the memory. Raises ValueError for what cannot be served."""
+def _check_devices(world: World) -> None:
+    if world.local_size > max(1, count := torch.cuda.device_count()):
+        raise ValueError(
+            f"{world.local_size} ranks on this host and {count} GPUs that torch sees; "
+            "each rank needs one of its own"
+        )
+
+
+def open_model(
+    description: Description,
+    mesh: Mesh | None = None,
+    agree: Callable[[int], int] = lambda num_blocks: num_blocks,
+    alive: Callable[[State], None] = lambda state: None,
+) -> ModelRunner:
+    """Load this rank's weights and take the memory. Raises ValueError for what cannot be served.
+
+    `agree` is told how many K/V blocks fit here and says how many there will be; `alive` is
+    told between parts of the work what this rank does, and may raise to give up.
+    """
     started = time.monotonic()
     config, model_config = description.config, description.model_config
     device = torch.device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     ops = select(config.kernels, device.type)
-    place = Placement(Mesh(), getattr(torch, config.dtype), device)
-    model = Ernie(model_config, ops, place, config.max_model_len)
-    _fill(model, description.checkpoint)
+    place = Placement(mesh or Mesh(), getattr(torch, config.dtype), device)
+    layers = deal_layers(model_config, place.mesh.pp_size)[place.mesh.pp_rank]
+    model = Ernie(model_config, ops, place, config.max_model_len, layers)
+    _fill(model, description, place.mesh, alive)
     geometry = KVGeometry(
-        num_layers=model_config.num_hidden_layers,
-        num_kv_heads=model_config.num_key_value_heads,
+        num_layers=len(layers),
+        num_kv_heads=max(1, model_config.num_key_value_heads // place.mesh.tp_size),
         head_dim=model_config.head_dim,
         block_size=config.block_size,
         dtype=place.dtype,
     )
     slots = Slots(config.max_num_seqs, config.max_model_len, config.block_size, device)
-    num_blocks = _count_blocks(config, geometry, model, slots)
-    kv = KVCache(geometry, num_blocks, device)
+    depth = config.max_steps_in_flight
+
+    def runner_with(kv: KVCache) -> ModelRunner:
+        pipe = Pipe(place, model_config.hidden_size, depth)
+        return ModelRunner(model, ops, slots, kv, pipe, depth, config.debug)
+
+    alive(State.COMPILING)  # the first step compiles kernels
+    budget, why = _kv_bytes(config, geometry, runner_with)
+    num_blocks = agree(geometry.blocks_in(budget))
+    _tell_blocks(config, geometry, num_blocks, budget, why)
+    runner = runner_with(KVCache(geometry, num_blocks, device))
     logger.info("the model is ready after %.1f s", time.monotonic() - started)
-    return ModelRunner(model, ops, slots, kv)
+    return runner
 
 
-def _fill(model: Ernie, checkpoint: Checkpoint | None) -> None:
+def tensors_of(model_config: ModelConfig, ops: Ops) -> Shapes:
+    """What a checkpoint of the whole model holds; nothing is allocated for it."""
+    nowhere = Placement(Mesh(), torch.bfloat16, torch.device("meta"))
+    model = Ernie(model_config, ops, nowhere, max_model_len=1)
+    return {part.name: part.shape for part in model.parts()}
+
+
+def _fill(
+    model: Ernie, description: Description, mesh: Mesh, alive: Callable[[State], None]
+) -> None:
     started, parameters = time.monotonic(), dict(model.named_parameters())
+    on_part = partial(alive, State.LOADING)
+    checkpoint = description.checkpoint
     if checkpoint is None:
-        fill_dummy(parameters)
+        fill_dummy(model.parts(), on_part=on_part)
     else:
-        load_weights(model.parts(), parameters, checkpoint)
+        expected = tensors_of(description.model_config, model.ops)
+        shows_bar = mesh.pp_rank == mesh.tp_rank == 0
+        load_weights(
+            model.parts(), parameters, checkpoint, expected, progress=shows_bar, on_part=on_part
+        )
     num_bytes = sum(p.nbytes for p in parameters.values())
-    if model.embed.weight.is_cuda:
+    if description.config.device.startswith("cuda"):
         torch.cuda.synchronize()  # or the time would be that of asking for them
     took = time.monotonic() - started
     made = "made" if checkpoint is None else "loaded"
     logger.info("weights: %.2f GiB %s in %.1f s", num_bytes / GIB, made, took)
 
 
-def _count_blocks(config: ResolvedConfig, geometry: KVGeometry, model: Ernie, slots: Slots) -> int:
-    """How many K/V blocks there will be; at least one request of full length must fit."""
+def _kv_bytes(
+    config: ResolvedConfig, geometry: KVGeometry, runner_with: Callable[[KVCache], ModelRunner]
+) -> tuple[int, str]:
+    """The memory for K/V blocks, and why so much."""
     if config.kv_cache_memory_bytes is not None:
-        num_bytes, why = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
-    elif slots.device.type == "cuda":
-        num_bytes, why = _measure_free_memory(config, geometry, model, slots)
-    else:
-        one = geometry.blocks_for(config.max_model_len) * geometry.bytes_per_block
-        num_bytes = max(one, min(CPU_KV_BYTES, config.max_num_seqs * one))
-        why = "the CPU default: 4 GiB, but from 1 to max_num_seqs requests of full length"
-    num_blocks = geometry.blocks_in(num_bytes)
+        return config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
+    if config.device.startswith("cuda"):
+        return _measure_free_memory(config, geometry, runner_with)
+    one = geometry.blocks_for(config.max_model_len) * geometry.bytes_per_block
+    why = "the CPU default: 4 GiB, but from 1 to max_num_seqs requests of full length"
+    return max(one, min(CPU_KV_BYTES, config.max_num_seqs * one)), why
+
+
+def _tell_blocks(
+    config: ResolvedConfig, geometry: KVGeometry, num_blocks: int, num_bytes: int, why: str
+) -> None:
+    """Show the arithmetic; ValueError unless one request of full length fits."""
     needed = geometry.blocks_for(config.max_model_len)
     g, tokens = geometry, num_blocks * geometry.block_size
     logger.info(
@@ -113,20 +188,22 @@ def _count_blocks(config: ResolvedConfig, geometry: KVGeometry, model: Ernie, sl
             f"max_model_len={config.max_model_len} needs {needed} K/V blocks and {num_blocks} fit "
             f"({why}): lower max_model_len to {tokens} or give the cache more memory"
         )
-    return num_blocks
 
 
 def _measure_free_memory(
-    config: ResolvedConfig, geometry: KVGeometry, model: Ernie, slots: Slots
+    config: ResolvedConfig, geometry: KVGeometry, runner_with: Callable[[KVCache], ModelRunner]
 ) -> tuple[int, str]:
-    """What gpu_memory_utilization leaves after the largest step the engine can be asked for."""
-    device = slots.device
-    runner = ModelRunner(model, model.ops, slots, KVCache(geometry, 1, device))
+    """What gpu_memory_utilization leaves after the largest step the engine can be asked for.
+    With several ranks all take that step together."""
+    device = torch.device(config.device)
+    runner = runner_with(KVCache(geometry, 1, device))
     torch.cuda.reset_peak_memory_stats(device)
     plan = largest_plan(config)
     runner.launch(plan)
-    runner.sample(plan.sampling).wait()
-    slots.apply(_release_plan(plan))
+    runner.sample(plan.sampling)
+    torch.cuda.synchronize(device)
+    runner.promises.drop(plan.slots)
+    runner.state.apply(_release_plan(plan))
     peak = torch.cuda.max_memory_allocated(device)
     del runner
     torch.cuda.empty_cache()

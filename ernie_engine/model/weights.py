@@ -9,7 +9,7 @@ import logging
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby, product
 
 import torch
@@ -24,43 +24,37 @@ log = logging.getLogger(__name__)
 
 ROUTER = re.compile(r"\.mlp\.(gate\.weight|moe_statics\.e_score_correction_bias)$")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-DUMMY = {  # parameter, without its layer -> (mean, std)
-    "embed.weight": (0.0, 1.0),
-    "lm_head.weight": (0.0, 0.02),
-    "norm.weight": (1.0, 0.0),
-    "input_layernorm.weight": (1.0, 0.0),
-    "post_attention_layernorm.weight": (1.0, 0.0),
-    "self_attn.qkv_proj.weight": (0.0, 0.02),
-    "self_attn.o_proj.weight": (0.0, 0.002),
-    "mlp.gate_up_proj.weight": (0.0, 0.02),
-    "mlp.down_proj.weight": (0.0, 0.002),
-    "mlp.gate.weight": (0.0, 0.02),
-    "mlp.gate.bias": (0.0, 0.0),
-    "mlp.experts.gate_up": (0.0, 0.02),
-    "mlp.experts.down": (0.0, 0.002),
-    "mlp.shared_experts.gate_up_proj.weight": (0.0, 0.02),
-    "mlp.shared_experts.down_proj.weight": (0.0, 0.002),
-}
+DUMMY = (  # end of a hub name -> (mean, std); the first that fits
+    (("embed_tokens.weight",), (0.0, 1.0)),
+    (("norm.weight",), (1.0, 0.0)),
+    (("e_score_correction_bias",), (0.0, 0.0)),
+    (("o_proj.weight", "down_proj.weight"), (0.0, 0.002)),
+    (("_proj.weight", "mlp.gate.weight", "lm_head.weight"), (0.0, 0.02)),
+)
 
 
 def load_weights(
     parts: Iterable[WeightPart],
     parameters: Mapping[str, Tensor],
     checkpoint: Checkpoint,
+    expected: Shapes | None = None,
     *,
     skip: tuple[str, ...] = ("model.mtp_",),
     progress: bool = True,
+    on_part: Callable[[], None] = lambda: None,
 ) -> None:
     """Fill `parameters` through `parts`, which must cover each exactly once; converts dtypes.
 
-    `skip` are prefixes of hub names to leave out. ValueError, before anything is read, listing what
-    the checkpoint lacks, has too much or in another shape; ValueError also if a file cannot be
-    read (but one cut short in the midst of a copy is a SIGBUS, as with every mapped file).
+    `expected`: the tensors of the whole model, where `parts` are a stage's. `on_part` is called
+    after each part and may raise to give up. `skip` are prefixes of hub names to leave out.
+    ValueError, before anything is read, listing what the checkpoint lacks, has too much or in
+    another shape; ValueError also if a file cannot be read (but one cut short in the midst of a
+    copy is a SIGBUS, as with every mapped file).
     An lm_head.weight beside a tied head is left out if it equals the embedding, else refused.
     """
     parts = list(parts)
     _assert_covered(parameters, parts)
-    _check_names({part.name: part.shape for part in parts}, checkpoint, skip)
+    _check_names(expected or {part.name: part.shape for part in parts}, checkpoint, skip)
     order = {name: position for position, name in enumerate(checkpoint.tensors)}
     parts.sort(key=lambda part: order[part.name])
     plan = [(checkpoint.tensors[part.name], part) for part in parts]
@@ -73,24 +67,37 @@ def load_weights(
                 part.dst.copy_(shard.read(stored, part.index).reshape(part.dst.shape))
                 filled += part.dst.numel()
                 bar.update(part.dst.numel() * ITEMSIZE[stored.dtype])
+                on_part()
     assert filled == sum(parameter.numel() for parameter in parameters.values())
 
 
-def fill_dummy(parameters: Mapping[str, Tensor], seed: int = 0) -> None:
-    """Random weights, drawn in place, that keep the router balanced (load_format="dummy").
+def fill_dummy(
+    parts: Iterable[WeightPart], seed: int = 0, on_part: Callable[[], None] = lambda: None
+) -> None:
+    """Random weights, drawn on the device, that keep the router balanced (load_format="dummy").
 
     Embedding std 1, other matrices 0.02 but those that write to the residual stream 0.002, norms
     1, router bias 0: the stream stays near the token's own embedding, so distinct tokens take
-    distinct routes. A parameter's draw depends on seed, name, shape, dtype and kind of device
-    only, so what ranks hold in common (router, tied head) is equal on all of them.
+    distinct routes. A tensor is drawn whole and then cut, from (seed, name, shape, dtype) alone:
+    on one kind of device every layout of ranks has the same model.
     """
-    for name, parameter in parameters.items():
-        kind = re.sub(r"^layers\.\d+\.", "", name)
-        assert kind in DUMMY, f"no recipe for the parameter {name}"
-        mean, std = DUMMY[kind]
-        generator = torch.Generator(parameter.device)
-        generator.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        parameter.data.normal_(mean, std, generator=generator)
+    generators: dict[torch.device, torch.Generator] = {}
+    for part in parts:
+        mean, std = _dummy_distribution(part.name)
+        device = part.dst.device
+        generator = generators.setdefault(device, torch.Generator(device))
+        generator.manual_seed(zlib.crc32(f"{seed} {part.name}".encode()))
+        whole = torch.empty(part.shape, dtype=part.dst.dtype, device=device)
+        whole.normal_(mean, std, generator=generator)
+        part.dst.copy_(whole[part.index].reshape(part.dst.shape))
+        on_part()
+
+
+def _dummy_distribution(name: str) -> tuple[float, float]:
+    """(mean, std)"""
+    found = next((values for ends, values in DUMMY if name.endswith(ends)), None)
+    assert found is not None, f"no recipe for the tensor {name}"
+    return found
 
 
 def _check_names(wanted: Shapes, checkpoint: Checkpoint, skip: tuple[str, ...]) -> None:

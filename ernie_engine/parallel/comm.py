@@ -11,6 +11,7 @@ def all_reduce(x: Tensor, mesh: Mesh) -> Tensor:
     """Sum of `x` over the tp axis, in place."""
     if mesh.tp_size > 1:
         dist.all_reduce(x, group=mesh.tp_group)
+        mesh.pulse.beat()
     return x
 
 
@@ -20,4 +21,12 @@ def all_gather_last(x: Tensor, mesh: Mesh) -> Tensor:
         return x
     parts = [torch.empty_like(x) for _ in range(mesh.tp_size)]
     dist.all_gather(parts, x.contiguous(), group=mesh.tp_group)
+    mesh.pulse.beat()
     return torch.cat(parts, dim=-1)
+
+
+def check_equal(x: Tensor, mesh: Mesh, what: str) -> None:
+    """RuntimeError unless `x` is the same on every rank of the tp axis. For debugging: it waits."""
+    everywhere = all_gather_last(x.flatten(), mesh).view(mesh.tp_size, -1)
+    if not (everywhere == everywhere[0]).all():
+        raise RuntimeError(f"{what} differ between the ranks of a stage: {everywhere.tolist()}")

@@ -115,16 +115,28 @@ class QKVParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """y = sum over tp of x @ W.T, the columns of W cut over tp. Weight [out, in / tp]."""
+    """y = sum over tp of x @ W.T, the columns of W cut over tp. Weight [out, in / tp].
 
-    def __init__(self, in_features: int, out_features: int, place: Placement, linear: Linear):
+    Without `reduce` the sum over tp is left to the caller, who has more to add first.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        place: Placement,
+        linear: Linear,
+        reduce: bool = True,
+    ):
         super().__init__()
         self.mesh, self.linear, self.in_features = place.mesh, linear, in_features
+        self.reduce = reduce
         share = place.mesh.share(in_features, "input features")
         self.weight = empty_weight(out_features, share, place=place)
 
     def forward(self, x: Tensor) -> Tensor:  # [T, in / tp] -> [T, out]
-        return comm.all_reduce(self.linear(x, self.weight), self.mesh)
+        y = self.linear(x, self.weight)
+        return comm.all_reduce(y, self.mesh) if self.reduce else y
 
     def parts(self, name: str) -> Iterator[WeightPart]:
         cut = self.mesh.cut(self.in_features, name)
@@ -133,44 +145,68 @@ class RowParallelLinear(nn.Module):
 
 
 class ExpertWeights(nn.Module):
-    """The matrices of all routed experts, each cut along its width I over tp.
+    """The matrices of the routed experts: all of them, each cut along its width I over tp, or with
+    expert parallelism this rank's share of them, whole.
 
-    gate_up [E, 2 I / tp, H] (gate rows first), down [E, H, I / tp].
+    gate_up [E, 2 I / tp, H] (gate rows first), down [E, H, I / tp]; or [E / tp, 2 I, H] and
+    [E / tp, H, I], those from `first` on.
     """
 
     def __init__(self, num_experts: int, hidden_size: int, width: int, place: Placement):
         super().__init__()
-        self.mesh, self.width = place.mesh, width
-        share = place.mesh.share(width, "moe_intermediate_size")
-        self.gate_up = empty_weight(num_experts, 2 * share, hidden_size, place=place)
-        self.down = empty_weight(num_experts, hidden_size, share, place=place)
+        mesh = place.mesh
+        everything = slice(0, num_experts), slice(0, width)
+        if mesh.expert_parallel:
+            self.experts, self.cut = mesh.cut(num_experts, "moe_num_experts"), everything[1]
+        else:
+            self.experts, self.cut = everything[0], mesh.cut(width, "moe_intermediate_size")
+        self.first, self.width = self.experts.start, width
+        num_held, share = (s.stop - s.start for s in (self.experts, self.cut))
+        self.gate_up = empty_weight(num_held, 2 * share, hidden_size, place=place)
+        self.down = empty_weight(num_held, hidden_size, share, place=place)
 
     def parts(self, prefix: str) -> Iterator[WeightPart]:
-        cut = self.mesh.cut(self.width, prefix)
-        num_experts, hidden_size, share = self.down.shape
-        wide, tall = (self.width, hidden_size), (hidden_size, self.width)
-        for e in range(num_experts):
+        hidden_size, share = self.down.shape[1:]
+        wide, tall, cut = (self.width, hidden_size), (hidden_size, self.width), self.cut
+        matrices = zip(self.gate_up.data, self.down.data, strict=True)
+        for e, (gate_up, down) in enumerate(matrices, start=self.first):
             name = f"{prefix}.{e}"
-            gate_up, down = self.gate_up.data[e], self.down.data[e]
             yield WeightPart(f"{name}.gate_proj.weight", wide, (cut, WHOLE), gate_up[:share])
             yield WeightPart(f"{name}.up_proj.weight", wide, (cut, WHOLE), gate_up[share:])
             yield WeightPart(f"{name}.down_proj.weight", tall, (WHOLE, cut), down)
 
 
 class VocabParallel(nn.Module):
-    """A [V, H] table cut over tp by rows, as the embedding or as the head. Weight [V / tp, H].
+    """A [V, H] table cut over tp by rows, as the embedding or as the head.
 
-    The vocabulary must divide by tp as it is.
+    `table` [ceil(V / tp), H] is what kernels read; `weight`, its rows that are in the vocabulary
+    (the last ranks may have fewer, or none), what the loader fills. The rest are zeros.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, place: Placement):
         super().__init__()
         self.mesh, self.vocab_size = place.mesh, vocab_size
-        rows = place.mesh.share(vocab_size, "vocab_size")
-        self.weight = empty_weight(rows, hidden_size, place=place)
+        rows = -(-vocab_size // self.mesh.tp_size)
+        self.first = self.mesh.tp_rank * rows
+        self.num_held = max(0, min(rows, vocab_size - self.first))
+        self.table = empty_weight(rows, hidden_size, place=place).data
+        self.table[self.num_held :] = 0
+        self.weight = nn.Parameter(self.table[: self.num_held], requires_grad=False)
+
+    def look_up(self, ids: Tensor, embedding: Linear) -> Tensor:
+        """ids [T] -> rows [T, H]."""
+        if self.mesh.tp_size == 1:
+            return embedding(ids, self.table)
+        local = ids - self.first
+        held = (local >= 0) & (local < len(self.table))
+        rows = embedding(local.where(held, 0), self.table).masked_fill(~held[:, None], 0)
+        return comm.all_reduce(rows, self.mesh)
+
+    def logits(self, x: Tensor, head: Linear) -> Tensor:
+        """x [R, H] -> [R, V] on every rank."""
+        return comm.all_gather_last(head(x, self.table), self.mesh)[:, : self.vocab_size]
 
     def parts(self, name: str) -> Iterator[WeightPart]:
-        cut = self.mesh.cut(self.vocab_size, name)
-        yield WeightPart(
-            name, (self.vocab_size, self.weight.shape[1]), (cut, WHOLE), self.weight.data
-        )
+        if self.num_held:
+            cut, shape = slice(self.first, self.first + self.num_held), self.weight.shape
+            yield WeightPart(name, (self.vocab_size, shape[1]), (cut, WHOLE), self.weight.data)

@@ -11,17 +11,12 @@ from collections.abc import Sequence
 
 from ernie_engine.engine.intake import Job
 from ernie_engine.engine.request import TokenOutput
+from ernie_engine.framing import framed
 from ernie_engine.server.admission import Ticket
 from ernie_engine.server.errors import ApiError, unavailable
 from ernie_engine.server.metrics import Metrics
 from ernie_engine.server.session import Choice, Session
-from ernie_engine.server.wire import (
-    EngineState,
-    StepFrame,
-    encode_abort,
-    encode_requests,
-    framed,
-)
+from ernie_engine.server.wire import EngineState, StepFrame, encode_abort, encode_requests
 
 logger = logging.getLogger(__name__)
 MAX_SILENCE = 5.0  # seconds; the engine tells its state every quarter of one

@@ -20,18 +20,11 @@ from types import FrameType
 
 from ernie_engine.engine.core import EngineCore, describe, make_intake
 from ernie_engine.engine_config import EngineConfig, ResolvedConfig
+from ernie_engine.framing import MAX_FRAME_BYTES, encode_json
 from ernie_engine.server.link import Link
 from ernie_engine.server.served import describe_model
 from ernie_engine.server.settings import ServerConfig, make_settings
-from ernie_engine.server.wire import (
-    MAX_FRAME_BYTES,
-    READY,
-    SETTINGS,
-    EngineState,
-    encode_drain,
-    encode_json,
-    encode_state,
-)
+from ernie_engine.server.wire import READY, SETTINGS, EngineState, encode_drain, encode_state
 
 logger = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 0.25

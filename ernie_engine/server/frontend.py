@@ -16,6 +16,7 @@ from typing import Any
 
 import uvicorn
 
+from ernie_engine.framing import decode_json, kind_of, read_frame_async
 from ernie_engine.server.app import make_app
 from ernie_engine.server.banner import banner
 from ernie_engine.server.client import EngineClient
@@ -31,11 +32,8 @@ from ernie_engine.server.wire import (
     STATE,
     STEP,
     decode_drain,
-    decode_json,
     decode_state,
     decode_step,
-    kind_of,
-    read_frame_async,
 )
 
 logger = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from ernie_engine.engine.loop import EngineDeadError, Sink
 from ernie_engine.engine.request import Request, TokenOutput
+from ernie_engine.framing import framed, kind_of, read_frame
 from ernie_engine.server.wire import (
     ABORT,
     REQUESTS,
@@ -20,9 +21,6 @@ from ernie_engine.server.wire import (
     decode_abort,
     decode_requests,
     encode_step,
-    framed,
-    kind_of,
-    read_frame,
 )
 
 logger = logging.getLogger(__name__)

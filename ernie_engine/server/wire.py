@@ -1,23 +1,16 @@
 """The frames between the engine process and the front end: their meaning and their bytes.
 
-A frame is its length, its kind and then columns of numbers (engine/columns.py) or, for what is
-said once, JSON. Nothing is ever pickled; what is too long or not what it says is a ValueError.
+A frame (framing.py) is its kind and then columns of numbers (engine/columns.py) or, for what is
+said once, JSON. Nothing is ever pickled; what is not what it says is a ValueError.
 """
 
-import asyncio
-import json
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from itertools import islice
-from typing import Any, BinaryIO
 
 from ernie_engine.engine.columns import ColumnReader, ColumnWriter
 from ernie_engine.engine.plan import read_logprobs, read_spec, write_logprobs, write_spec
 from ernie_engine.engine.request import FinishReason, Request, TokenOutput
-
-MAX_FRAME_BYTES = 256 << 20
-_LENGTH = struct.Struct("<I")
 
 SETTINGS, READY = b"conf", b"redy"  # engine -> front end, JSON, once each
 STATE, STEP, DRAIN = b"stat", b"step", b"drai"  # engine -> front end
@@ -48,54 +41,6 @@ class StepFrame:
     outputs: Sequence[TokenOutput]
     started_at: Mapping[int, float] = field(default_factory=dict)  # id -> CLOCK_MONOTONIC
     preempted: Mapping[int, int] = field(default_factory=dict)  # id of an ended one -> how often
-
-
-# --- bytes to frames ---
-
-
-def framed(payload: bytes) -> bytes:
-    """The payload as it travels."""
-    return _LENGTH.pack(_checked(len(payload))) + payload
-
-
-def read_frame(file: BinaryIO) -> bytes | None:
-    """The next payload; None where the stream ends, also within a frame."""
-    head = file.read(_LENGTH.size)
-    if len(head) < _LENGTH.size:
-        return None
-    length = _checked(*_LENGTH.unpack(head))
-    payload = file.read(length)
-    return payload if len(payload) == length else None
-
-
-async def read_frame_async(reader: asyncio.StreamReader) -> bytes | None:
-    """As read_frame."""
-    try:
-        head = await reader.readexactly(_LENGTH.size)
-        return await reader.readexactly(_checked(*_LENGTH.unpack(head)))
-    except (asyncio.IncompleteReadError, ConnectionError):
-        return None
-
-
-def _checked(length: int) -> int:
-    if not 4 <= length <= MAX_FRAME_BYTES:
-        raise ValueError(f"a frame of {length} bytes; at most {MAX_FRAME_BYTES} may be sent")
-    return length
-
-
-def kind_of(payload: bytes) -> bytes:
-    return payload[:4]
-
-
-# --- frames to meanings ---
-
-
-def encode_json(kind: bytes, data: Mapping[str, Any]) -> bytes:
-    return kind + json.dumps(data).encode()
-
-
-def decode_json(payload: bytes) -> dict[str, Any]:
-    return json.loads(payload[4:])
 
 
 def encode_drain(seconds: float) -> bytes:

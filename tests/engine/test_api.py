@@ -250,7 +250,7 @@ def test_a_failing_step_answers_everybody_and_ends_the_engine(tiny):
         def broken(plan):
             raise RuntimeError("the card is on fire")
 
-        engine._loop._runner.launch = broken
+        engine._core.ranks.stage.runner.launch = broken
         with pytest.raises(EngineDeadError, match="on fire"):
             list(stream)
         with pytest.raises(EngineDeadError, match="on fire"):

@@ -175,8 +175,14 @@ BAD_CONFIG = [
     {"enable_chunked_prefill": False, "max_num_batched_tokens": 100},
     {"max_steps_in_flight": 0},
     {"max_logprobs": -1},
-    {"tensor_parallel_size": 2},
-    {"pipeline_parallel_size": 2},
+    {"tensor_parallel_size": 3},
+    {"tensor_parallel_size": 0},
+    {"pipeline_parallel_size": 5},
+    {"enable_expert_parallel": 1},
+    {"distributed_timeout_seconds": 0},
+    {"peer_timeout_seconds": 0.5},
+    {"peer_timeout_seconds": math.nan},
+    {"debug": "yes"},
 ]
 
 

@@ -12,6 +12,7 @@ from ernie_engine import EngineDeadError, SamplingParams
 from ernie_engine.engine.block_pool import BlockPool
 from ernie_engine.engine.loop import EngineLoop
 from ernie_engine.engine.plan import SamplingSpec
+from ernie_engine.engine.ranks import Alone
 from ernie_engine.engine.request import Request
 from ernie_engine.engine.scheduler import Limits, Scheduler
 from tests.engine.fake_runner import FakeRunner
@@ -70,7 +71,7 @@ class Rig:
         self.scheduler = Scheduler(limits, BlockPool(64), digest_key=b"test")
         self.books, self.depth = Books(), depth
         self.gate = Gate(self.books)
-        self.loop = EngineLoop(self.scheduler, self.gate, depth)
+        self.loop = EngineLoop(self.scheduler, Alone(self.gate), depth)
 
     def submit(self, sink, *lengths: int, first_id: int = 0) -> list[Request]:
         requests = [
@@ -188,7 +189,7 @@ def test_close_ends_what_is_in_flight_and_what_waits_behind_it(rig):
     while rig.loop._inbox.empty():
         time.sleep(0.001)
     rig.submit(late, 5, first_id=10)
-    rig.gate.let(1)
+    rig.gate.let(rig.depth)  # those in flight are waited for, not told
     closing.join(SOON)
     assert not closing.is_alive() and rig.loop.is_dead
     assert [ends(b) for b in rest(running)] == [[(0, None)], [(0, "abort")]]
@@ -226,7 +227,8 @@ GREEDY = {"temperature": 0.0, "ignore_eos": True}
 def gated(tiny, request):
     """An engine whose steps wait for the gate, and the gate."""
     with open_engine(tiny, max_steps_in_flight=request.param) as engine:
-        engine._loop._runner = gate = Gate(engine._loop._runner)
+        stage = engine._core.ranks.stage
+        stage.runner = gate = Gate(stage.runner)
         yield engine, gate
         gate.let(1000)
 

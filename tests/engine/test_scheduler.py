@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ernie_engine.engine.block_pool import BlockPool
 from ernie_engine.engine.plan import (
     SamplingSpec,
+    StepPlan,
     decode_plan,
     decode_result,
     encode_plan,
@@ -67,14 +68,25 @@ class Simulation:
         if plan is not None:
             plan = decode_plan(encode_plan(plan))
             assert sum(plan.num_tokens) <= self.scheduler.limits.max_num_batched_tokens
+            self.check_no_stage_waits(plan)
             result = decode_result(encode_result(self.runner.run(plan)))
             self.in_flight.append((plan, result))
             self.num_steps += 1
+            self.last_plan = plan
         if self.in_flight and (plan is None or len(self.in_flight) == self.depth):
             for output in self.scheduler.commit(*self.in_flight.popleft()):
                 self.outputs[output.request_id].append(output)
             return True
         return plan is not None
+
+    def check_no_stage_waits(self, plan: StepPlan) -> None:
+        """A token is drawn by the last stage: the first cannot read it before all have run."""
+        recent = [done for done, _ in self.in_flight][::-1][: self.scheduler.limits.num_stages - 1]
+        since_freed = set(plan.freed)  # by then another request's slot
+        for before in recent:
+            drawn = {before.slots[row] for row in before.sampling.rows}
+            assert not (drawn - since_freed) & set(plan.slots)
+            since_freed |= set(before.freed)
 
     def finish(self, limit: int) -> None:
         while self.step():
@@ -112,10 +124,11 @@ def cases(draw) -> Case:
         block_size=block_size,
         enable_prefix_caching=draw(st.booleans()),
         enable_chunked_prefill=chunked,
+        num_stages=draw(st.integers(1, 3)),
     )
     fewest = -(-max_len // block_size)
     num_blocks = fewest + draw(st.integers(0, fewest))
-    return Case(draw(st.integers(0, 2**32)), draw(st.integers(1, 3)), limits, num_blocks, 30)
+    return Case(draw(st.integers(0, 2**32)), draw(st.integers(1, 4)), limits, num_blocks, 30)
 
 
 def random_request(rng: random.Random, request_id: int) -> Request:
@@ -181,6 +194,61 @@ def test_a_step_in_flight_costs_no_extra_step_when_the_length_is_known(depth):
     sim.add(one(0, [1, 2, 3], 10))
     sim.finish(limit=100)
     assert sim.num_steps == 10
+
+
+def slots_of_steps(sim: Simulation, num_steps: int) -> list[list[int]]:
+    """The rows of the next steps, each launched as soon as the depth allows."""
+    slots = []
+    while len(slots) < num_steps:
+        before = sim.num_steps
+        sim.step()
+        if sim.num_steps > before:
+            slots.append(sorted(sim.last_plan.slots))
+    return slots
+
+
+@pytest.mark.parametrize("extra", [0, 1, 2])
+@pytest.mark.parametrize("stages", [2, 3])
+def test_stages_all_have_work_and_requests_are_dealt_evenly(stages, extra):
+    limits = replace(LIMITS, max_num_seqs=7, num_stages=stages)
+    sim = Simulation(limits, num_blocks=200, depth=stages + extra)
+    for i in range(7):
+        sim.add(one(i, [i + 1], 30))
+    steps = slots_of_steps(sim, 8 * stages)
+    for first in range(0, len(steps), stages):
+        cycle = steps[first : first + stages]
+        assert sorted(slot for step in cycle for slot in step) == list(range(7))  # each once
+        assert all(step for step in cycle)
+    sim.finish(limit=400)
+
+
+def test_with_more_stages_than_requests_each_goes_on_as_soon_as_its_token_is_there():
+    sim = Simulation(replace(LIMITS, num_stages=3), num_blocks=64, depth=4)
+    sim.add(one(0, [1, 2], 10))
+    sim.add(one(1, [3, 4], 10))
+    sim.finish(limit=30)
+    assert sim.num_steps == 20  # a step each: they never share one, none is wasted
+    sim.check_at_rest()
+
+
+def test_a_long_prompt_keeps_all_stages_busy_with_its_chunks():
+    sim = Simulation(replace(LIMITS, max_num_batched_tokens=8, num_stages=3), 64, depth=3)
+    sim.add(one(0, range(1, 41), 2))
+    assert slots_of_steps(sim, 5) == [[0]] * 5 and sim.num_steps == 5
+    assert len(sim.in_flight) == 2
+    sim.finish(limit=10)
+
+
+def test_no_request_starves_when_the_youngest_cannot_grow():
+    """It is its turn, it needs a block that an older one holds, which could go on: so that does."""
+    limits = replace(LIMITS, num_stages=2, enable_prefix_caching=False)
+    for depth in (1, 2, 3):
+        sim = Simulation(limits, num_blocks=6, depth=depth)
+        for i in range(3):
+            sim.add(one(i, [i + 1] * 5, 19))
+        sim.finish(limit=500)
+        sim.check_at_rest()
+        assert [sim.answer(i)[1] for i in range(3)] == ["length"] * 3
 
 
 def test_equal_prompts_share_blocks_even_within_one_step():

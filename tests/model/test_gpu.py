@@ -17,7 +17,7 @@ def test_the_cache_takes_what_the_largest_step_leaves(tiny):
         cache = engine._core.num_kv_blocks * 16 * 2 * 4 * 2 * 16 * 4
         assert 0.3 * total < cache < 0.5 * total
         torch.cuda.reset_peak_memory_stats()
-        runner = engine._core.loop._runner
+        runner = engine._core.ranks.stage.runner
         plan = largest_plan(engine.config)
         runner.launch(plan)
         runner.sample(plan.sampling).wait()

@@ -37,7 +37,7 @@ def sampler_with(texts: dict[int, Text]) -> Sampler:
         at = torch.tensor([slot])
         state.advance(at, torch.tensor([len(text.prompt)]))
         for token in text.answer:
-            state.append(at, torch.tensor([token]))
+            state.write(at, state.next_positions(at), torch.tensor([token]))
             state.advance(at, torch.tensor([1]))
     return Sampler(select("torch", "cpu"), state)
 

@@ -141,6 +141,7 @@ def test_the_cache_gets_what_the_measured_step_and_others_leave(tiny, monkeypatc
     description = describe(config_of(tiny, gpu_memory_utilization=0.75, max_num_seqs=2))
     runner, gib = open_model(description), startup.GIB
     numbers = {
+        "synchronize": None,
         "reset_peak_memory_stats": None,
         "max_memory_allocated": 20 * gib,
         "empty_cache": None,
@@ -149,8 +150,17 @@ def test_the_cache_gets_what_the_measured_step_and_others_leave(tiny, monkeypatc
     }
     for name, value in numbers.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    parts = description.config, runner.kv.geometry, runner.model, runner.state
+    parts = description.config, runner.kv.geometry, lambda kv: runner
     assert startup._measure_free_memory(*parts)[0] == (60 - 20 - 4) * gib
     assert not runner.state.specs
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 70 * gib)
     assert startup._measure_free_memory(*parts)[0] == 0
+
+
+def test_other_ranks_are_told_what_fits_here_and_their_word_counts(tiny):
+    description = describe(config_of(tiny, max_model_len=100, max_num_seqs=4))
+    told = []
+    runner = open_model(description, agree=lambda fits: told.append(fits) or 9)
+    assert told == [28] and runner.kv.num_blocks == 9
+    with pytest.raises(ValueError, match="needs 7 K/V blocks and 6 fit"):
+        open_model(description, agree=lambda fits: 6)

@@ -157,6 +157,41 @@ def test_both_ranks_make_the_whole(tmp_path, names, kv_heads):
     assert torch.equal(one.norm, two.norm) and torch.equal(one.gate_bias, two.gate_bias)
 
 
+@pytest.mark.parametrize("tp_size", [3, 4, 8])
+def test_a_vocabulary_that_does_not_divide_is_padded(tp_size):
+    """V = 10: the last ranks hold fewer rows, or none; what they do not hold is zeros."""
+    place = [Placement(Mesh(tp_size=tp_size, tp_rank=r), torch.float32, torch.device("cpu"))
+             for r in range(tp_size)]  # fmt: skip
+    tables = [VocabParallel(V, H, p) for p in place]
+    values = torch.arange(1.0, 1.0 + V * H).view(V, H)
+    for table in tables:
+        for part in table.parts("model.embed_tokens.weight"):
+            assert part.shape == (V, H)
+            part.dst.copy_(values[part.index])
+    joined = torch.cat([table.table for table in tables])
+    assert torch.equal(joined[:V], values) and not joined[V:].any()
+    assert len({len(table.table) for table in tables}) == 1
+    assert sum(table.weight.numel() for table in tables) == V * H
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_experts_are_dealt_out_whole(tmp_path, num_ranks):
+    tensors = toy_tensors()
+    folder, held = write(tmp_path, tensors), []
+    for rank in range(num_ranks):
+        mesh = Mesh(tp_size=num_ranks, tp_rank=rank, expert_parallel=True)
+        experts = ExpertWeights(E, H, I, Placement(mesh, torch.float32, torch.device("cpu")))
+        parameters, parts = dict(experts.named_parameters()), experts.parts(f"{P}.mlp.experts")
+        checkpoint = Checkpoint.open(folder)
+        load_weights(parts, parameters, checkpoint, checkpoint.shapes, progress=False)
+        assert experts.first == rank * E // num_ranks
+        held.append(experts)
+    down = torch.cat([experts.down for experts in held])
+    assert down.shape == (E, H, I)
+    for e in range(E):
+        assert torch.equal(down[e], tensors[f"{P}.mlp.experts.{e}.down_proj.weight"])
+
+
 @pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("run", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes_are_converted_and_the_bias_stays_fp32(tmp_path, stored, run):
@@ -209,6 +244,40 @@ def test_shapes_and_stored_order(tmp_path):
     assert checkpoint.shapes == {name: tuple(t.shape) for name, t in tensors.items()}
     files = [stored.file for stored in checkpoint.tensors.values()]
     assert files == sorted(files)
+
+
+def test_a_stage_is_judged_by_what_the_whole_model_holds(tmp_path):
+    """It leaves other stages' tensors alone, but not what no stage knows, nor what one lacks."""
+    tensors = toy_tensors()
+    norm = torch.empty(H)
+    stage = [whole_part("model.norm.weight", norm)]
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+    def load(folder, tensors):
+        folder.mkdir()
+        write(folder, tensors)
+        load_weights(stage, {"norm": norm}, Checkpoint.open(folder), expected, progress=False)
+
+    load(tmp_path / "whole", tensors)
+    assert torch.equal(norm, tensors["model.norm.weight"])
+    with pytest.raises(ValueError, match="unexpected: stray"):
+        load(tmp_path / "more", tensors | {"stray": torch.zeros(1)})
+    del tensors[f"{P}.self_attn.o_proj.weight"]
+    with pytest.raises(ValueError, match=r"missing: .*o_proj"):
+        load(tmp_path / "fewer", tensors)
+
+
+def test_giving_up_between_two_parts_ends_the_load(tmp_path):
+    folder, num_parts = write(tmp_path, toy_tensors()), []
+
+    def give_up() -> None:
+        num_parts.append(1)
+        if len(num_parts) == 3:
+            raise RuntimeError("rank 1 is gone")
+
+    with pytest.raises(RuntimeError, match="rank 1 is gone"):
+        toy().load(folder, on_part=give_up)
+    assert len(num_parts) == 3
 
 
 def test_each_file_is_opened_once(tmp_path, monkeypatch):
@@ -514,43 +583,46 @@ def test_interleaved_parts_are_tiles_too(rows, cols, steps, repeat):
 
 # Dummy weights
 
+DUMMY_SHAPES = {
+    "model.embed_tokens.weight": (500, 64),
+    "lm_head.weight": (500, 64),
+    "model.norm.weight": (64,),
+    **{
+        f"model.layers.{i}.{name}": shape
+        for i in (0, 11)
+        for name, shape in {
+            "input_layernorm.weight": (64,),
+            "post_attention_layernorm.weight": (64,),
+            "self_attn.q_proj.weight": (128, 64),
+            "self_attn.o_proj.weight": (64, 128),
+            "mlp.up_proj.weight": (128, 64),
+            "mlp.down_proj.weight": (64, 64),
+            "mlp.gate.weight": (64, 64),
+            "mlp.moe_statics.e_score_correction_bias": (1, 64),
+            "mlp.experts.3.gate_proj.weight": (64, 64),
+            "mlp.experts.3.down_proj.weight": (64, 32),
+            "mlp.shared_experts.down_proj.weight": (64, 64),
+        }.items()
+    },
+}
 
-def dummy_parameters(dtype=torch.float32) -> dict[str, Tensor]:
-    def empty(*shape: int, as_dtype: torch.dtype = dtype) -> Tensor:
-        return torch.full(shape, float("nan"), dtype=as_dtype)
 
-    layer = {
-        "input_layernorm.weight": empty(64),
-        "post_attention_layernorm.weight": empty(64),
-        "self_attn.qkv_proj.weight": empty(128, 64),
-        "self_attn.o_proj.weight": empty(64, 128),
-        "mlp.gate_up_proj.weight": empty(128, 64),
-        "mlp.down_proj.weight": empty(64, 64),
-        "mlp.gate.weight": empty(64, 64, as_dtype=torch.float32),
-        "mlp.gate.bias": empty(64, as_dtype=torch.float32),
-        "mlp.experts.gate_up": empty(4, 64, 64),
-        "mlp.experts.down": empty(4, 64, 32),
-        "mlp.shared_experts.gate_up_proj.weight": empty(64, 64),
-        "mlp.shared_experts.down_proj.weight": empty(64, 64),
-    }
-    ends = {"embed.weight": (500, 64), "lm_head.weight": (500, 64), "norm.weight": (64,)}
-    parameters = {name: empty(*shape) for name, shape in ends.items()}
-    return parameters | {f"layers.{i}.{n}": t.clone() for i in (0, 11) for n, t in layer.items()}
+def dummy_weights(names=DUMMY_SHAPES, dtype=torch.float32, seed=0) -> dict[str, Tensor]:
+    """Filled tensors by hub name, each a part of its own; drawn in the order of `names`."""
+    tensors = {n: torch.full(DUMMY_SHAPES[n], float("nan"), dtype=dtype) for n in names}
+    fill_dummy([whole_part(name, tensor) for name, tensor in tensors.items()], seed)
+    return tensors
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dummy_recipe(dtype):
-    parameters = dummy_parameters(dtype)
-    places = {name: t.data_ptr() for name, t in parameters.items()}
-    fill_dummy(parameters)
-    assert places == {name: t.data_ptr() for name, t in parameters.items()}
-    for name, parameter in parameters.items():
-        values = parameter.double()
+    for name, tensor in dummy_weights(dtype=dtype).items():
+        values = tensor.double()
         if "norm" in name or name.endswith("bias"):
             assert (values == (1.0 if "norm" in name else 0.0)).all(), name
             continue
         small = re.search(r"o_proj|down", name)
-        std = 1.0 if name == "embed.weight" else 0.002 if small else 0.02
+        std = 1.0 if "embed" in name else 0.002 if small else 0.02
         assert values.isfinite().all()
         assert values.std().item() == pytest.approx(std, rel=0.05), name
         assert abs(values.mean().item()) < std / 20, name
@@ -558,35 +630,43 @@ def test_dummy_recipe(dtype):
 
 
 def test_dummy_depends_on_seed_and_name_only():
-    one, two, other = dummy_parameters(), dummy_parameters(), dummy_parameters()
-    fill_dummy(one, seed=3)
+    one, other = dummy_weights(seed=3), dummy_weights(seed=4)
     torch.manual_seed(99)
     before = torch.get_rng_state()
-    fill_dummy(dict(reversed(two.items())), seed=3)  # as a stage with other layers would
+    two = dummy_weights(reversed(DUMMY_SHAPES), seed=3)  # as a stage with other layers would
     assert torch.equal(before, torch.get_rng_state())
-    fill_dummy(other, seed=4)
-    matrices = [name for name, t in one.items() if t.ndim > 1]
+    matrices = [name for name, t in one.items() if t.ndim > 1 and not name.endswith("bias")]
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not any(torch.equal(one[name], other[name]) for name in matrices)
-    assert not torch.equal(one["layers.0.mlp.gate.weight"], one["layers.11.mlp.gate.weight"])
+    gates = [one[f"model.layers.{i}.mlp.gate.weight"] for i in (0, 11)]
+    assert not torch.equal(*gates)
+
+
+def test_dummy_weights_are_the_same_model_at_any_cut(tp_size=2):
+    whole = toy()
+    fill_dummy(whole.parts())
+    parts = {part.name: part.dst for part in whole.parts()}
+    for tp_rank in range(tp_size):
+        model = toy(tp_size, tp_rank)
+        fill_dummy(model.parts())
+        for part in model.parts():
+            assert torch.equal(part.dst, parts[part.name][part.index].view(part.dst.shape))
 
 
 @pytest.mark.parametrize("name", ["layers.0.mlp.scales", "layers.x.mlp.gate.bias", "weight", ""])
 def test_dummy_refuses_what_it_has_no_recipe_for(name):
     with pytest.raises(AssertionError, match="no recipe"):
-        fill_dummy({name: torch.zeros(2)})
+        fill_dummy([whole_part(name, torch.zeros(2))])
 
 
 def test_dummy_routes_are_balanced():
     """32 random tokens hit nearly all of 64 experts (expected 61): top-6 of softmax(h @ W.T)."""
-    parameters = {
-        "embed.weight": torch.empty(1000, 256),
-        "layers.0.mlp.gate.weight": torch.empty(64, 256),
-    }
-    fill_dummy(parameters)
+    embedding, router = torch.empty(1000, 256), torch.empty(64, 256)
+    names = "model.embed_tokens.weight", "model.layers.0.mlp.gate.weight"
+    fill_dummy([whole_part(*pair) for pair in zip(names, (embedding, router), strict=True)])
     tokens = torch.randint(0, 1000, (32,), generator=torch.Generator().manual_seed(0))
-    hidden = nn.functional.rms_norm(parameters["embed.weight"][tokens], (256,))
-    ids = (hidden @ parameters["layers.0.mlp.gate.weight"].T).topk(6).indices
+    hidden = nn.functional.rms_norm(embedding[tokens], (256,))
+    ids = (hidden @ router.T).topk(6).indices
     assert len(ids.unique()) >= 56
 
 

@@ -11,19 +11,14 @@ import httpx
 from ernie_engine.engine.core import describe
 from ernie_engine.engine.request import Request, TokenOutput
 from ernie_engine.engine_config import EngineConfig
+from ernie_engine.framing import kind_of
 from ernie_engine.server.app import make_app
 from ernie_engine.server.client import EngineClient
 from ernie_engine.server.front import FrontEnd
 from ernie_engine.server.metrics import Metrics
 from ernie_engine.server.served import describe_model, read_served_model
 from ernie_engine.server.settings import ServerConfig, make_settings
-from ernie_engine.server.wire import (
-    REQUESTS,
-    StepFrame,
-    decode_abort,
-    decode_requests,
-    kind_of,
-)
+from ernie_engine.server.wire import REQUESTS, StepFrame, decode_abort, decode_requests
 
 
 class Recorder:

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from ernie_engine import framing
 from ernie_engine.engine.loop import EngineDeadError
 from ernie_engine.engine.plan import SamplingSpec, TokenLogprobs
 from ernie_engine.engine.request import Request, TokenOutput
@@ -58,7 +59,7 @@ def test_the_rest_survives():
     assert wire.decode_state(wire.encode_state(state)) == state
     assert wire.decode_abort(wire.encode_abort([3, 1])) == [3, 1]
     assert wire.decode_drain(wire.encode_drain(0.5)) == 0.5
-    assert wire.decode_json(wire.encode_json(wire.SETTINGS, {"a": ["é"]})) == {"a": ["é"]}
+    assert framing.decode_json(framing.encode_json(wire.SETTINGS, {"a": ["é"]})) == {"a": ["é"]}
 
 
 FRAMES = [
@@ -91,17 +92,17 @@ def test_damaged_frames_are_refused(index):
 
 
 def test_lengths_are_checked_before_anything_is_read():
-    for length in (0, 3, wire.MAX_FRAME_BYTES + 1):
+    for length in (0, 3, framing.MAX_FRAME_BYTES + 1):
         file = io.BytesIO(length.to_bytes(4, "little") + b"x" * 10)
         with pytest.raises(ValueError, match="bytes"):
-            wire.read_frame(file)
+            framing.read_frame(file)
 
 
 def test_frames_end_with_the_stream():
-    data = wire.framed(b"abcd") + wire.framed(b"efghi")
+    data = framing.framed(b"abcd") + framing.framed(b"efghi")
     for cut in range(len(data)):
         file = io.BytesIO(data[:cut])
-        found = [wire.read_frame(file) for _ in range(3)]
+        found = [framing.read_frame(file) for _ in range(3)]
         whole = (cut >= 8) + (cut >= 17)
         assert found == [b"abcd", b"efghi"][:whole] + [None] * (3 - whole)
 
@@ -109,7 +110,7 @@ def test_frames_end_with_the_stream():
         reader = asyncio.StreamReader()
         reader.feed_data(data[:-1])
         reader.feed_eof()
-        return [await wire.read_frame_async(reader) for _ in range(2)]
+        return [await framing.read_frame_async(reader) for _ in range(2)]
 
     assert asyncio.run(read()) == [b"abcd", None]
 
@@ -141,8 +142,8 @@ def pair():
 def test_the_link_passes_requests_down_and_steps_up(pair):
     link, loop, theirs, ended = pair
     request = Request(7, [1, 2], SPEC, 9)
-    theirs.sendall(wire.framed(wire.encode_requests([request])))
-    theirs.sendall(wire.framed(wire.encode_abort([7, 8])))
+    theirs.sendall(framing.framed(wire.encode_requests([request])))
+    theirs.sendall(framing.framed(wire.encode_abort([7, 8])))
     (submitted,), sink = loop.submitted.get(timeout=10)
     assert submitted.request_id == 7 and sink is link
     assert loop.aborted.get(timeout=10) == [7, 8]
@@ -150,7 +151,7 @@ def test_the_link_passes_requests_down_and_steps_up(pair):
     link.put([TokenOutput(7, [5])])
     link.put([TokenOutput(7, [6], finish_reason="length")])
     with theirs.makefile("rb") as file:
-        first, second = (wire.decode_step(wire.read_frame(file)) for _ in range(2))
+        first, second = (wire.decode_step(framing.read_frame(file)) for _ in range(2))
     assert (first.started_at, first.preempted) == ({7: 12.5}, {})
     assert (second.started_at, second.preempted) == ({}, {7: 3})
     assert not ended.is_set() and not link._requests and not link._unstarted
@@ -180,7 +181,7 @@ def test_a_front_end_that_lags_holds_the_loop_back_and_its_death_frees_it(pair):
     assert not thread.is_alive()
 
 
-@pytest.mark.parametrize("data", [wire.framed(b"nope1234"), b"\xff\xff\xff\xff", b""])
+@pytest.mark.parametrize("data", [framing.framed(b"nope1234"), b"\xff\xff\xff\xff", b""])
 def test_nonsense_and_the_end_are_noticed(pair, data):
     _, _, theirs, ended = pair
     theirs.sendall(data)

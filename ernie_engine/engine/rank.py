@@ -1,0 +1,50 @@
+"""What every rank can say of itself: how it is, and what it was started with.
+
+Read from the threads of the control channel, while steps run.
+"""
+
+import hashlib
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from ernie_engine.engine.stage import Stage
+from ernie_engine.model.stage_clock import StageClock
+from ernie_engine.model.startup import Description
+from ernie_engine.parallel.health import State, Vitals
+from ernie_engine.parallel.mesh import Mesh
+
+_MAY_DIFFER = ("model", "control_port")  # a path on each host; a port of rank 0's
+
+
+class SelfReport:
+    """`state` is told until there is a stage to look at."""
+
+    def __init__(self) -> None:
+        self.state = State.LOADING
+        self._sources: tuple[Mesh, Stage, StageClock] | None = None
+
+    def attach(self, mesh: Mesh, stage: Stage, clock: StageClock) -> None:
+        self._sources = mesh, stage, clock
+
+    def vitals(self) -> Vitals:
+        if self._sources is None:
+            return Vitals(self.state)
+        mesh, stage, clock = self._sources
+        clock.look()
+        begun, done = stage.num_steps, clock.num_steps
+        state = State.STEPPING if begun > done else State.IDLE
+        return Vitals(state, begun, done, mesh.pulse.count, clock.busy_seconds)
+
+
+def facts_of(description: Description) -> dict[str, Any]:
+    """What must be equal on all ranks, as JSON has it: configuration, model, tensors, versions."""
+    config = asdict(description.config)
+    config = {name: value for name, value in config.items() if name not in _MAY_DIFFER}
+    config["device"] = config["device"].split(":")[0]
+    model = asdict(description.model_config)
+    model["eos_token_ids"] = list(model["eos_token_ids"])
+    tensors = description.checkpoint.shapes if description.checkpoint else {}
+    digest = hashlib.sha256(repr(sorted(tensors.items())).encode()).hexdigest()
+    return {**config, "config.json": model, "tensors": digest, "torch": torch.__version__}

@@ -1,0 +1,173 @@
+"""All ranks of an engine, as rank 0 has them: alone, or a fleet that runs every step together.
+
+Owns the order in which ranks meet, agree and part. Plans go down and results come up as bytes;
+what is decided, the scheduler decides.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+
+from ernie_engine.engine.children import Children
+from ernie_engine.engine.rank import SelfReport, facts_of
+from ernie_engine.engine.stage import PendingFrame, Runner, Stage
+from ernie_engine.model.startup import Description, open_model
+from ernie_engine.parallel.connect import connect, disconnect, host_store, join_store, own_store
+from ernie_engine.parallel.control import Hub
+from ernie_engine.parallel.health import State
+from ernie_engine.parallel.mesh import Mesh
+
+logger = logging.getLogger(__name__)
+FAREWELL_SECONDS = 5.0  # after a failure at start-up, for what may be held by a collective
+
+
+def gather_ranks(description: Description) -> tuple["Alone | Fleet", int]:
+    """Open the model on all ranks; and how many K/V blocks there are. ValueError for what cannot
+    be served, PeerLost for a rank that does not come or is lost meanwhile."""
+    if description.grid.size == 1:
+        runner = open_model(description)
+        return Alone(runner, description.config.debug), runner.kv.num_blocks
+    fleet = Fleet(description)
+    return fleet, fleet.num_kv_blocks
+
+
+class Alone:
+    """This process is all there is."""
+
+    def __init__(self, runner: Runner, debug: bool = False):
+        self.debug, self.stage = debug, Stage(runner, debug)
+
+    def run(self, frame: bytes) -> PendingFrame:
+        pending = self.stage.run(frame)
+        assert pending is not None, "there is no other rank to tell the result"
+        return pending
+
+    def explain(self, error: Exception) -> Exception:
+        return error
+
+    def on_failure(self, fail: Callable[[Exception], None]) -> None:
+        """Nothing but a step can fail here."""
+
+    def close(self) -> None:
+        """Nobody is to be told."""
+
+
+class Fleet:
+    """Rank 0 of several; the others run engine/worker.py's loop."""
+
+    def __init__(self, description: Description):
+        config, world = description.config, description.world
+        self.debug, self._grid = config.debug, description.grid
+        self._report, self._activity = SelfReport(), Activity()
+        self._is_open = threading.Event()  # or will never be
+        seconds = config.distributed_timeout_seconds
+        self._children: Children | None = None
+        if world.is_launched:
+            store = join_store(world, seconds)
+        else:
+            store = host_store(world.size, seconds)
+            self._children = Children(config, world.size, store.port)
+        store = own_store(store, world)
+        self._hub = Hub(
+            *(world, store, config.peer_timeout_seconds, config.control_port),
+            self._report.vitals,
+            self._children.end_of if self._children else lambda rank: None,
+        )
+        self._hub.on_failure = self._leave_if_held
+        try:
+            self._hub.wait_for_all(facts_of(description), seconds)
+            expert_parallel, device = config.enable_expert_parallel, torch.device(config.device)
+            mesh = connect(store, world, self._grid, device, seconds, expert_parallel)
+            runner = open_model(description, mesh, self._hub.agree, self._alive)
+        except Exception as error:
+            failure = self._hub.explain(error)
+            self._is_open.set()
+            self._end_children()
+            if failure is error:
+                raise
+            raise failure from error
+        self._is_open.set()
+        self._mesh: Mesh | None = mesh
+        self.num_kv_blocks = runner.kv.num_blocks
+        self.stage = Stage(runner, config.debug)
+        self._report.attach(mesh, self.stage, runner.clock)
+
+    def _alive(self, state: State) -> None:
+        self._report.state = state
+        self._hub.check()
+
+    def _leave_if_held(self, failure: Exception) -> None:
+        """At start-up the main thread may wait in a collective for a rank that never comes."""
+        if not self._is_open.wait(FAREWELL_SECONDS):
+            logger.error("this process cannot go on without the lost rank: it ends")
+            os._exit(1)
+
+    def run(self, frame: bytes) -> "Result":
+        self._hub.send_plan(frame)
+        self._activity.begin()
+        return Result(self.stage.run(frame), self._hub, self._activity)
+
+    def explain(self, error: Exception) -> Exception:
+        return self._hub.explain(error)
+
+    def on_failure(self, fail: Callable[[Exception], None]) -> None:
+        """From now on `fail` is called, from another thread, when a rank is lost."""
+        self._hub.on_failure = fail
+        if self._hub.failure is not None:
+            fail(self._hub.failure)
+
+    def close(self) -> None:
+        """End the other ranks, after the steps they have. Twice does no harm."""
+        is_sound = self._hub.failure is None
+        self._hub.stop()
+        if is_sound and self._mesh is not None:
+            disconnect(self._mesh)
+            self._mesh = None
+            self._tell_busy_shares()
+        self._end_children()
+
+    def _end_children(self) -> None:
+        if self._children is not None:
+            self._children.wait()
+
+    def _tell_busy_shares(self) -> None:
+        active = self._activity.seconds
+        for stage in range(self._grid.pp) if active else ():
+            vitals = self._hub.vitals()[stage * self._grid.tp]
+            logger.info(
+                "stage %d was busy %.0f%% of the %.1f s with steps under way (%d steps)",
+                *(stage, 100 * vitals.busy_seconds / active, active, vitals.steps_done),
+            )
+
+
+class Result:
+    """A result frame that this rank makes or another one tells."""
+
+    def __init__(self, own: PendingFrame | None, hub: Hub, activity: "Activity"):
+        self._own, self._hub, self._activity = own, hub, activity
+
+    def wait(self) -> bytes:
+        frame = self._hub.result() if self._own is None else self._own.wait()
+        self._activity.end()
+        return frame
+
+
+class Activity:
+    """How long there were steps under way."""
+
+    def __init__(self) -> None:
+        self.seconds, self._num_open, self._since = 0.0, 0, 0.0
+
+    def begin(self) -> None:
+        if self._num_open == 0:
+            self._since = time.monotonic()
+        self._num_open += 1
+
+    def end(self) -> None:
+        self._num_open -= 1
+        if self._num_open == 0:
+            self.seconds += time.monotonic() - self._since

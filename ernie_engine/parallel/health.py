@@ -1,0 +1,104 @@
+"""Is every rank alive and getting on? What ranks say of themselves, and what follows from it.
+
+Owns the states and the two rules (silence, no progress). No clock, no socket, no thread: times
+come by argument.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+INTERVAL_SECONDS = 0.5  # between two words of a rank, and between two looks at them
+_SILENCE = 0.8  # of the time-out: so that a lost rank is named within it
+
+
+class State(StrEnum):
+    LOADING = "loading"
+    COMPILING = "compiling"
+    STEPPING = "stepping"
+    IDLE = "idle"
+
+
+@dataclass(frozen=True)
+class Vitals:
+    """What a rank says of itself, twice a second. `pulse` counts collectives and transfers."""
+
+    state: State = State.LOADING
+    steps_begun: int = 0
+    steps_done: int = 0
+    pulse: int = 0
+    busy_seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Vitals":
+        values = {**data, "state": State(data["state"])}
+        return cls(**values)
+
+    @property
+    def progress(self) -> tuple[State, int, int, int]:
+        return self.state, self.steps_begun, self.steps_done, self.pulse
+
+
+@dataclass
+class _Record:
+    vitals: Vitals
+    heard_at: float
+    moved_at: float
+
+
+class Watch:
+    """Hears of all ranks and says which one is lost. `names`: rank -> how to call it."""
+
+    def __init__(self, names: Mapping[int, str], timeout_seconds: float, now: float):
+        self._names, self._timeout = names, timeout_seconds
+        self._records = {rank: _Record(Vitals(), now, now) for rank in names}
+        self._looked_at = now
+
+    def hear(self, rank: int, vitals: Vitals, now: float) -> None:
+        record = self._records[rank]
+        if vitals.progress != record.vitals.progress:
+            record.moved_at = now
+        record.vitals, record.heard_at = vitals, now
+
+    def vitals(self, rank: int) -> Vitals:
+        return self._records[rank].vitals
+
+    def look(self, now: float, hangs: bool = True) -> str | None:
+        """Who is lost and why; None if nobody is. Without `hangs` only silence counts."""
+        self._forgive_own_pause(now)
+        for rank, record in self._records.items():
+            silent = now - record.heard_at
+            if silent > _SILENCE * self._timeout:
+                return (
+                    f"{self._names[rank]} has not been heard of for {silent:.0f} s; "
+                    f"it was {record.vitals.state}"
+                )
+        return self._hang(now) if hangs else None
+
+    def _hang(self, now: float) -> str | None:
+        stuck = [
+            (record.vitals.progress[1:], self._names[rank], now - record.moved_at)
+            for rank, record in self._records.items()
+            if record.vitals.state is State.STEPPING and now - record.moved_at > self._timeout
+        ]
+        if not stuck:
+            return None
+        (_, culprit, seconds), *_ = sorted(stuck)  # the least progress: the others wait for it
+        every = "; ".join(
+            f"{name}: {begun} steps begun, {done} done, {pulse} transfers"
+            for (begun, done, pulse), name, _ in sorted(stuck)
+        )
+        return f"{culprit} hangs: a step has made no progress for {seconds:.0f} s ({every})"
+
+    def _forgive_own_pause(self, now: float) -> None:
+        """If this process itself was stopped for a while, nobody was silent meanwhile."""
+        pause = now - self._looked_at - INTERVAL_SECONDS
+        self._looked_at = now
+        if pause > 2 * INTERVAL_SECONDS:
+            for record in self._records.values():
+                record.heard_at += pause
+                record.moved_at += pause
