@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ernie_engine import Engine, EngineConfig
+from ernie_engine import Engine, EngineConfig, EngineDeadError
 from ernie_engine.bench.ceilings import measure_ceilings
 from ernie_engine.bench.environment import device_name
 from ernie_engine.bench.floors import Ceilings
@@ -38,21 +38,28 @@ from ernie_engine.bench.targets import (
 from ernie_engine.bench.workload import GREEDY, PROFILES, SAMPLED, WorkloadSpec
 from ernie_engine.cli import add_arguments, add_engine_arguments, chosen_fields, engine_fields
 from ernie_engine.config import ModelConfig
-from ernie_engine.engine_config import ResolvedConfig
+from ernie_engine.engine.core import Description, describe
 
 
 def main() -> int:
     args = _parse(sys.argv[1:])
     try:
+        if args.steps:
+            _shorten_context(args)
+        if args.base_url is None and _describe(args).world.rank > 0:
+            Engine(**engine_fields(args))  # works for rank 0, which measures, to its end
+            return 0
         return _measure_steps(args) if args.steps else _measure_runs(args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except EngineDeadError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 def _measure_steps(args: argparse.Namespace) -> int:
     cases, rows = choose_cases(args.only, args.num_tokens), []
-    _shorten_context(args)
     with _open_engine(args) as (engine, ceilings):
         bench = StepBench(engine, sampled=args.sampled, seed=args.seed, budget_s=args.budget_s)
         print(STEP_HEADER, flush=True)
@@ -112,7 +119,7 @@ def _target(
     args: argparse.Namespace, spec: WorkloadSpec, sampling: dict[str, Any]
 ) -> Iterator[Target]:
     if args.base_url is None:
-        spec.check_fits(_resolve(args).max_model_len)  # before minutes of loading
+        spec.check_fits(_describe(args).config.max_model_len)  # before minutes of loading
         with _open_engine(args) as (engine, ceilings):
             yield engine_target(engine, spec, ceilings, sampling)
     else:
@@ -124,16 +131,16 @@ def _target(
 @contextmanager
 def _open_engine(args: argparse.Namespace) -> Iterator[tuple[Engine, Ceilings]]:
     """The engine that the flags describe, and what its device reaches, measured before."""
-    config = _resolve(args)
+    config = _describe(args).config
     ceilings = measure_ceilings(torch.device(config.device), getattr(torch, config.dtype))
     print(ceilings_line(ceilings, device_name(), config.dtype), flush=True)
+    ceilings = ceilings.of_ranks(config.tensor_parallel_size)
     with Engine(**engine_fields(args)) as engine:
         yield engine, ceilings
 
 
-def _resolve(args: argparse.Namespace) -> ResolvedConfig:
-    model_config = ModelConfig.from_folder(Path(args.model))
-    return EngineConfig(**engine_fields(args)).resolve(model_config, torch.cuda.is_available())
+def _describe(args: argparse.Namespace) -> Description:
+    return describe(EngineConfig(**engine_fields(args)))
 
 
 def _shorten_context(args: argparse.Namespace) -> None:

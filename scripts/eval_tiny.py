@@ -20,6 +20,8 @@ from ernie_engine.evals.harness import Record, read_records, run, write_records
 from ernie_engine.evals.report import compare, scores, table
 from ernie_engine.evals.transport import Answerer, EngineAnswerer, UrlAnswerer
 
+SIZES = "tensor_parallel_size", "pipeline_parallel_size"
+
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -29,6 +31,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--api-key", default="EMPTY")
     parser.add_argument("--dtype", default="float32", help="of engine or transformers")
     parser.add_argument("--device", default="cpu", help="of engine or transformers")
+    for name in SIZES:
+        parser.add_argument("--" + name.replace("_", "-"), type=int, default=1, help="of engine")
     parser.add_argument("--task", action="append", choices=TASK_NAMES, help="may be repeated")
     parser.add_argument("--limit", type=int, default=500, help="questions a task")
     parser.add_argument("--seed", type=int, default=0, help="of the drawn questions")
@@ -46,7 +50,8 @@ def answerer(args: argparse.Namespace) -> Iterator[Answerer]:
     elif args.backend == "transformers":
         yield TransformersAnswerer(Path(args.model), args.dtype, args.device)
     else:
-        with Engine(model=args.model, dtype=args.dtype, device=args.device) as engine:
+        sizes = {name: getattr(args, name) for name in SIZES}
+        with Engine(model=args.model, dtype=args.dtype, device=args.device, **sizes) as engine:
             yield EngineAnswerer(engine, SamplingParams)
 
 

@@ -10,7 +10,7 @@ import sys
 import time
 from typing import Any
 
-from ernie_engine import Engine, SamplingParams, Stream
+from ernie_engine import Engine, EngineDeadError, SamplingParams, Stream
 from ernie_engine.cli import add_engine_arguments, engine_fields
 
 
@@ -29,10 +29,14 @@ def main() -> int:
             stop=args.stop,
         )
         with Engine(**engine_fields(args)) as engine:
-            _answer(engine, args, params)
+            if engine.rank == 0:
+                _answer(engine, args, params)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except EngineDeadError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print()
     return 0

@@ -9,7 +9,7 @@ import logging
 import sys
 from pathlib import Path
 
-from ernie_engine import EngineConfig
+from ernie_engine import EngineConfig, EngineDeadError
 from ernie_engine.cli import add_arguments, add_engine_arguments, arguments_of_file, chosen_fields
 from ernie_engine.server.engine_process import serve
 from ernie_engine.server.settings import ServerConfig
@@ -24,6 +24,9 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except EngineDeadError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

@@ -1,6 +1,6 @@
 """What the hardware must do at least for a step: bytes to read and operations to compute.
 
-Arithmetic from a model's config alone, for one card and unquantised weights. Counts weights, K/V
+Arithmetic from a model's config alone, for unquantised weights. Counts weights, K/V
 and the vocabulary head; norms, activations and what is written are left out, so it stays a floor.
 """
 
@@ -18,6 +18,10 @@ class Ceilings:
 
     bytes_per_s: float
     flops_per_s: float
+
+    def of_ranks(self, tp: int) -> "Ceilings":
+        """Of tp devices that share every layer; pipeline stages take turns and add nothing."""
+        return Ceilings(tp * self.bytes_per_s, tp * self.flops_per_s)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ernie_engine.text.generation import load_generation_defaults, stop_token_id
 from ernie_engine.text.templates import load_chat_template
 from ernie_engine.text.tokenizer import load_tokenizer
 
-__all__ = ["EngineCore", "describe", "make_intake"]
+__all__ = ["Description", "EngineCore", "describe", "make_intake"]
 
 logger = logging.getLogger(__name__)
 LOST_SECONDS = 1.0  # for the thread of a loop that has failed
@@ -45,13 +45,15 @@ class EngineCore:
         self.scheduler = Scheduler(limits, pool, digest_key=secrets.token_bytes(32))
         self.loop = EngineLoop(self.scheduler, self.ranks, self.config.max_steps_in_flight)
         self.ranks.on_failure(self.loop.fail)
+        self.is_held = False  # a thread hangs in a step and will not end
 
     def close(self) -> None:
         """End open requests (finish_reason "abort"), the loop and the other ranks. Twice does no
         harm."""
-        if not self.loop.close(LOST_SECONDS if self.loop.is_dead else None):
-            logger.error("a step hangs that waits for a lost rank: it is left as it is")
-        self.ranks.close()
+        self.is_held = not self.loop.close(LOST_SECONDS if self.loop.is_dead else None)
+        if self.is_held:
+            logger.error("a step waits for a lost rank, perhaps for ever: it is left alone")
+        self.ranks.close(self.is_held)
 
 
 def make_intake(config: ResolvedConfig, model_config: ModelConfig) -> Intake:

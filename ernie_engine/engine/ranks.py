@@ -13,11 +13,12 @@ from collections.abc import Callable
 import torch
 
 from ernie_engine.engine.children import Children
+from ernie_engine.engine.loop import EngineDeadError
 from ernie_engine.engine.rank import SelfReport, facts_of
 from ernie_engine.engine.stage import PendingFrame, Runner, Stage
 from ernie_engine.model.startup import Description, open_model
 from ernie_engine.parallel.connect import connect, disconnect, host_store, join_store, own_store
-from ernie_engine.parallel.control import Hub
+from ernie_engine.parallel.control import Hub, PeerLost
 from ernie_engine.parallel.health import State
 from ernie_engine.parallel.mesh import Mesh
 
@@ -27,11 +28,14 @@ FAREWELL_SECONDS = 5.0  # after a failure at start-up, for what may be held by a
 
 def gather_ranks(description: Description) -> tuple["Alone | Fleet", int]:
     """Open the model on all ranks; and how many K/V blocks there are. ValueError for what cannot
-    be served, PeerLost for a rank that does not come or is lost meanwhile."""
+    be served, EngineDeadError for a rank that does not come or is lost meanwhile."""
     if description.grid.size == 1:
         runner = open_model(description)
         return Alone(runner, description.config.debug), runner.kv.num_blocks
-    fleet = Fleet(description)
+    try:
+        fleet = Fleet(description)
+    except PeerLost as lost:
+        raise EngineDeadError(str(lost)) from lost
     return fleet, fleet.num_kv_blocks
 
 
@@ -52,7 +56,7 @@ class Alone:
     def on_failure(self, fail: Callable[[Exception], None]) -> None:
         """Nothing but a step can fail here."""
 
-    def close(self) -> None:
+    def close(self, is_held: bool = False) -> None:
         """Nobody is to be told."""
 
 
@@ -78,23 +82,23 @@ class Fleet:
             self._children.end_of if self._children else lambda rank: None,
         )
         self._hub.on_failure = self._leave_if_held
+        self._mesh: Mesh | None = None
         try:
             self._hub.wait_for_all(facts_of(description), seconds)
             expert_parallel, device = config.enable_expert_parallel, torch.device(config.device)
-            mesh = connect(store, world, self._grid, device, seconds, expert_parallel)
-            runner = open_model(description, mesh, self._hub.agree, self._alive)
+            self._mesh = connect(store, world, self._grid, device, seconds, expert_parallel)
+            runner = open_model(description, self._mesh, self._hub.agree, self._alive)
         except Exception as error:
             failure = self._hub.explain(error)
             self._is_open.set()
-            self._end_children()
+            self.close()
             if failure is error:
                 raise
             raise failure from error
         self._is_open.set()
-        self._mesh: Mesh | None = mesh
         self.num_kv_blocks = runner.kv.num_blocks
         self.stage = Stage(runner, config.debug)
-        self._report.attach(mesh, self.stage, runner.clock)
+        self._report.attach(self._mesh, self.stage, runner.clock)
 
     def _alive(self, state: State) -> None:
         self._report.state = state
@@ -120,17 +124,14 @@ class Fleet:
         if self._hub.failure is not None:
             fail(self._hub.failure)
 
-    def close(self) -> None:
-        """End the other ranks, after the steps they have. Twice does no harm."""
-        is_sound = self._hub.failure is None
+    def close(self, is_held: bool = False) -> None:
+        """End the other ranks, after the steps they have. Twice does no harm. `is_held`: a thread
+        of this process waits in one of the groups for ever, so they cannot be ended."""
         self._hub.stop()
-        if is_sound and self._mesh is not None:
+        if self._mesh is not None and not is_held:
             disconnect(self._mesh)
             self._mesh = None
             self._tell_busy_shares()
-        self._end_children()
-
-    def _end_children(self) -> None:
         if self._children is not None:
             self._children.wait()
 

@@ -15,26 +15,29 @@ from contextlib import contextmanager
 
 import torch
 
+from ernie_engine.engine.loop import EngineDeadError
 from ernie_engine.engine.rank import SelfReport, facts_of
 from ernie_engine.engine.stage import PendingFrame, Stage
 from ernie_engine.engine_config import EngineConfig
 from ernie_engine.model.startup import Description, describe, open_model
 from ernie_engine.parallel.connect import connect, disconnect, join_store, own_store
-from ernie_engine.parallel.control import Spoke
+from ernie_engine.parallel.control import PeerLost, Spoke
 
 logger = logging.getLogger(__name__)
 
 
 def serve_rank(description: Description) -> None:
     """Returns once rank 0 closes. If rank 0 or another rank is lost the process ends, status 1;
-    PeerLost if rank 0 cannot be reached in the first place."""
+    EngineDeadError if rank 0 cannot be reached in the first place."""
     config, world, report = description.config, description.world, SelfReport()
     seconds = config.distributed_timeout_seconds
     store = own_store(join_store(world, seconds), world)
+    facts = facts_of(description)
+    try:
+        spoke = Spoke(world, store, config.peer_timeout_seconds, facts, report.vitals)
+    except PeerLost as lost:
+        raise EngineDeadError(str(lost)) from lost
     with _signals_are_for_rank_0(world.rank):
-        spoke = Spoke(
-            world, store, config.peer_timeout_seconds, facts_of(description), report.vitals
-        )
         try:
             expert_parallel, device = config.enable_expert_parallel, torch.device(config.device)
             mesh = connect(store, world, description.grid, device, seconds, expert_parallel)

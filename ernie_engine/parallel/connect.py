@@ -30,9 +30,10 @@ def join_store(world: World, timeout_seconds: float) -> Store:
 
 
 def own_store(store: Store, world: World) -> Store:
-    """The keys of this engine alone: an earlier one of the same processes left its own behind."""
-    nth = store.add(f"ernie_engine/{world.attempt}/engines of rank {world.rank}", 1)
-    return dist.PrefixStore(f"ernie_engine/{world.attempt}/{nth}", store)
+    """The keys of this engine alone: an earlier one of the same processes left its own behind.
+    (When torchrun restarts the processes it gives them a new store.)"""
+    nth = store.add(f"ernie_engine/engines of rank {world.rank}", 1)
+    return dist.PrefixStore(f"ernie_engine/{nth}", store)
 
 
 def connect(

@@ -16,7 +16,6 @@ class World:
     """A process's rank among all and among those of its host; the one process by default.
 
     `is_launched`: somebody else has started all ranks (torchrun); else rank 0 starts the others.
-    `attempt` counts the restarts by torchrun.
     """
 
     rank: int = 0
@@ -26,7 +25,6 @@ class World:
     master_addr: str = "127.0.0.1"
     master_port: int = 0
     is_launched: bool = False
-    attempt: int = 0
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> "World":
@@ -48,7 +46,6 @@ class World:
             master_addr=environ["MASTER_ADDR"],
             master_port=values["MASTER_PORT"],
             is_launched=True,
-            attempt=_integer("restarts", environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
         )
         if not (world.rank < world.size and world.local_rank < world.local_size <= world.size):
             raise ValueError(

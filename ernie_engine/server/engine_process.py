@@ -4,6 +4,7 @@ Owns the order of starting and ending, signals and the exit status. Either proce
 other does; no request is left without an answer and no process behind.
 """
 
+import errno
 import logging
 import math
 import os
@@ -19,6 +20,7 @@ from enum import Enum
 from types import FrameType
 
 from ernie_engine.engine.core import EngineCore, describe, make_intake
+from ernie_engine.engine.worker import serve_rank
 from ernie_engine.engine_config import EngineConfig, ResolvedConfig
 from ernie_engine.framing import MAX_FRAME_BYTES, encode_json
 from ernie_engine.server.link import Link
@@ -42,12 +44,16 @@ Events = queue.SimpleQueue[Event]
 
 
 def serve(config: EngineConfig, server: ServerConfig) -> int:
-    """Serve until a signal or a failure; the exit status. ValueError for what cannot be served."""
+    """Serve until a signal or a failure; the exit status. ValueError for what cannot be served.
+    Under torchrun rank 0 holds the front end, and the others work for it."""
+    description = describe(config)
+    if description.world.rank > 0:
+        serve_rank(description)
+        return 0
     events: Events = queue.SimpleQueue()
-    with listen(server) as listener:
+    with listen(server, GRACE_SECONDS if description.world.is_launched else 0.0) as listener:
         settings = make_settings(server, config.model, listener.getsockname()[1], os.environ)
         warn_if_open(server, bool(settings.key_digests))
-        description = describe(config)
         check_frames(description.config)
         make_intake(description.config, description.model_config)  # is it sound? Before the weights
         front_end = FrontEndProcess(listener, events)
@@ -64,13 +70,19 @@ def serve(config: EngineConfig, server: ServerConfig) -> int:
     return status
 
 
-def listen(server: ServerConfig) -> socket.socket:
-    """Before anything is loaded: a port that is taken shows at once."""
+def listen(server: ServerConfig, patience: float = 0.0) -> socket.socket:
+    """Before anything is loaded: a port that is taken shows soon. When torchrun has restarted the
+    ranks, the front end before this one may still be ending its answers."""
     family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
-    try:
-        return socket.create_server((server.host, server.port), family=family, backlog=BACKLOG)
-    except OSError as error:
-        raise ValueError(f"host={server.host!r}, port={server.port}: {error.strerror}") from error
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return socket.create_server((server.host, server.port), family=family, backlog=BACKLOG)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                where = f"host={server.host!r}, port={server.port}"
+                raise ValueError(f"{where}: {error.strerror}") from error
+        time.sleep(0.1)
 
 
 def warn_if_open(server: ServerConfig, has_key: bool) -> None:
@@ -107,7 +119,7 @@ def close_core(core: EngineCore) -> None:
     closing = threading.Thread(target=core.close, daemon=True)
     closing.start()
     closing.join(GRACE_SECONDS)
-    if closing.is_alive():
+    if closing.is_alive() or core.is_held:
         logger.error("the engine's loop does not end: leaving without it")
         os._exit(1)
 

@@ -1,0 +1,119 @@
+"""Two torchrun agents serve together; a rank that dies or stops is named and all end."""
+
+import os
+import signal
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+
+from tests.server.process import is_alive
+from tests.server.torchrun import Agents, named
+
+LONG = {"max_tokens": 400, "extra_body": {"ignore_eos": True}}
+
+
+class Reader(threading.Thread):
+    """Reads a stream to its end; `error` is how it ended."""
+
+    def __init__(self, client: openai.OpenAI, model: str):
+        super().__init__(daemon=True)
+        self._client, self._model = client, model
+        self.num_chunks, self.error, self.flows = 0, None, threading.Event()
+
+    def run(self) -> None:
+        try:
+            for _ in self._client.completions.create(
+                model=self._model, prompt=[5, 6, 7], stream=True, **LONG
+            ):
+                self.num_chunks += 1
+                self.flows.set()
+        except (openai.APIError, httpx.TransportError) as error:
+            self.error = error
+
+
+@pytest.fixture(
+    params=[["--tensor-parallel-size", "2"], ["--pipeline-parallel-size", "2"]], ids=str
+)
+def layout(request):
+    return request.param
+
+
+@pytest.mark.slow
+def test_two_agents_serve_an_openai_client_and_drain(tiny, tmp_path, layout):
+    with Agents(tiny, tmp_path, *layout, "--debug") as agents:
+        client, model = agents.client(), str(tiny)
+        answer = client.completions.create(model=model, prompt=[5, 6, 7], **LONG)
+        assert answer.usage.completion_tokens == 400
+        with client.completions.create(model=model, prompt=[5], stream=True, **LONG) as stream:
+            for _, _chunk in zip(range(3), stream, strict=False):
+                pass  # and hangs up
+        again = client.completions.create(model=model, prompt=[5, 6, 7], temperature=0, **LONG)
+        assert again.usage.completion_tokens == 400
+        agents.wait(lambda: "num_requests_running{" in agents.http.get("/metrics").text, 5)
+        for agent in agents.agents:
+            agent.send_signal(signal.SIGTERM)
+        agents.wait_end()
+        assert "shutting down; running requests get" in agents.text
+        assert "rank 1 waits for rank 0" in agents.text and "ERROR" not in agents.text
+
+
+def read_until_flowing(agents: Agents, model: str) -> Reader:
+    reader = Reader(agents.client(), model)
+    reader.start()
+    assert reader.flows.wait(30)
+    return reader
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda s: s.name)
+def test_a_lost_rank_is_named_and_everything_ends(tiny, tmp_path, layout, rank, number):
+    with Agents(tiny, tmp_path, *layout) as agents:
+        reader = read_until_flowing(agents, str(tiny))
+        pid = agents.rank(rank)
+        began = time.monotonic()
+        os.kill(pid, number)
+        agents.wait(lambda: "rank ends" in agents.text or naming(rank) in agents.text, 11)
+        assert time.monotonic() - began < 10.5
+        reader.join(15)
+        assert not reader.is_alive() and reader.error is not None
+        with pytest.raises((httpx.TransportError, AssertionError)):
+            assert agents.http.get("/health").status_code == 200
+        if rank == 1:
+            line = named(agents.text, r"rank 1 \(\S+, pid \d+\)")
+            assert f"pid {pid}" in line
+        assert all(agents.wait_end())
+        assert not is_alive(pid)
+
+
+def naming(rank: int) -> str:
+    return "rank 1 (" if rank == 1 else "rank 0"
+
+
+@pytest.mark.slow
+def test_with_c10d_the_service_comes_back_by_itself(tiny, tmp_path):
+    with Agents(tiny, tmp_path, "--pipeline-parallel-size", "2", rdzv=True) as agents:
+        reader = read_until_flowing(agents, str(tiny))
+        os.kill(agents.rank(1), signal.SIGKILL)
+        reader.join(20)
+        assert not reader.is_alive() and reader.error is not None
+        agents.wait_ready()
+        answer = agents.client().completions.create(model=str(tiny), prompt=[5], **LONG)
+        assert answer.usage.completion_tokens == 400
+        agents.started = agents.processes()
+        for agent in agents.agents:
+            agent.send_signal(signal.SIGTERM)
+        agents.wait_end()
+
+
+@pytest.mark.slow
+def test_an_idle_hour_is_survived(tiny, tmp_path):
+    """With time-outs of seconds: longer than each of them nothing happens, and all goes on."""
+    flags = ["--distributed-timeout-seconds", "20", "--peer-timeout-seconds", "3"]
+    with Agents(tiny, tmp_path, "--pipeline-parallel-size", "2", *flags) as agents:
+        time.sleep(25)
+        answer = agents.client().completions.create(model=str(tiny), prompt=[5], **LONG)
+        assert answer.usage.completion_tokens == 400
