@@ -42,11 +42,11 @@ class Children:
             return None
         return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
 
-    def wait(self) -> None:
-        """Until all have ended; those that do not are killed."""
+    def wait(self, seconds: float = WAIT_SECONDS) -> None:
+        """Until all have ended; those that do not within this time each are killed."""
         for process in self._processes.values():
             try:
-                process.wait(WAIT_SECONDS)
+                process.wait(seconds)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

@@ -24,7 +24,7 @@ from ernie_engine.text.tokenizer import load_tokenizer
 __all__ = ["Description", "EngineCore", "describe", "make_intake"]
 
 logger = logging.getLogger(__name__)
-LOST_SECONDS = 1.0  # for the thread of a loop that has failed
+LOST_SECONDS = 5.0  # for the thread of a loop that has failed: a lost rank is ended meanwhile
 
 
 class EngineCore:

@@ -35,7 +35,11 @@ class SelfReport:
         clock.look()
         begun, done = stage.num_steps, clock.num_steps
         state = State.STEPPING if begun > done else State.IDLE
-        return Vitals(state, begun, done, mesh.pulse.count, clock.busy_seconds)
+        return Vitals(state, begun, done, mesh.pulse.count, clock.busy_seconds, _peak_memory())
+
+
+def _peak_memory() -> int:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
 
 
 def facts_of(description: Description) -> dict[str, Any]:

@@ -23,7 +23,9 @@ from ernie_engine.parallel.health import State
 from ernie_engine.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
-FAREWELL_SECONDS = 5.0  # after a failure at start-up, for what may be held by a collective
+GIB = 1 << 30
+FAREWELL_SECONDS = 1.0  # for children to end by themselves once a rank is lost
+HELD_SECONDS = 5.0  # that start-up may be held by a collective after that
 
 
 def gather_ranks(description: Description) -> tuple["Alone | Fleet", int]:
@@ -106,7 +108,7 @@ class Fleet:
 
     def _leave_if_held(self, failure: Exception) -> None:
         """At start-up the main thread may wait in a collective for a rank that never comes."""
-        if not self._is_open.wait(FAREWELL_SECONDS):
+        if not self._is_open.wait(HELD_SECONDS):
             logger.error("this process cannot go on without the lost rank: it ends")
             os._exit(1)
 
@@ -120,9 +122,15 @@ class Fleet:
 
     def on_failure(self, fail: Callable[[Exception], None]) -> None:
         """From now on `fail` is called, from another thread, when a rank is lost."""
-        self._hub.on_failure = fail
+
+        def lose(failure: Exception) -> None:
+            fail(failure)
+            if self._children is not None:
+                self._children.wait(FAREWELL_SECONDS)  # a step that waits for one ends with it
+
+        self._hub.on_failure = lose
         if self._hub.failure is not None:
-            fail(self._hub.failure)
+            lose(self._hub.failure)
 
     def close(self, is_held: bool = False) -> None:
         """End the other ranks, after the steps they have. Twice does no harm. `is_held`: a thread
@@ -131,18 +139,22 @@ class Fleet:
         if self._mesh is not None and not is_held:
             disconnect(self._mesh)
             self._mesh = None
-            self._tell_busy_shares()
+            self._tell_shares()
         if self._children is not None:
             self._children.wait()
 
-    def _tell_busy_shares(self) -> None:
-        active = self._activity.seconds
+    def _tell_shares(self) -> None:
+        """How busy each stage was, and what memory each rank took."""
+        active, everyone = self._activity.seconds, self._hub.vitals()
         for stage in range(self._grid.pp) if active else ():
-            vitals = self._hub.vitals()[stage * self._grid.tp]
+            vitals = everyone[stage * self._grid.tp]
             logger.info(
                 "stage %d was busy %.0f%% of the %.1f s with steps under way (%d steps)",
                 *(stage, 100 * vitals.busy_seconds / active, active, vitals.steps_done),
             )
+        peaks = [f"{everyone[rank].peak_memory / GIB:.1f}" for rank in sorted(everyone)]
+        if torch.cuda.is_initialized():
+            logger.info("peak of GPU memory by rank, GiB: %s", ", ".join(peaks))
 
 
 class Result:

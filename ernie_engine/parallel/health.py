@@ -29,6 +29,7 @@ class Vitals:
     steps_done: int = 0
     pulse: int = 0
     busy_seconds: float = 0.0
+    peak_memory: int = 0  # bytes of GPU memory that tensors took at most
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,0 +1,123 @@
+"""Ranks as child processes of this one: lost ones end the engine, not the program."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from ernie_engine import EngineDeadError, SamplingParams
+from tests.server.process import is_alive
+from tests.tiny import open_engine, token_ids
+
+LONG = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
+LAYOUTS = [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}]
+
+
+def child_of(engine) -> int:
+    return engine._core.ranks._children._processes[1].pid
+
+
+def lose(engine, number: int) -> tuple[str, float]:
+    """What a caller hears, and after how long, when rank 1 gets a signal in mid-answer."""
+    pid = child_of(engine)
+    with engine.stream([5, 6, 7], LONG) as stream:
+        next(stream)
+        began = time.monotonic()
+        os.kill(pid, number)
+        with pytest.raises(EngineDeadError) as caught:
+            for _ in stream:
+                pass
+    assert "rank 1 (" in str(caught.value) and f"pid {pid})" in str(caught.value)
+    return str(caught.value), time.monotonic() - began
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_killed_rank_is_named_and_the_program_goes_on(tiny, layout):
+    with open_engine(tiny, **layout) as engine:
+        told, seconds = lose(engine, signal.SIGKILL)
+        assert "was killed by signal 9" in told and seconds < 5
+        with pytest.raises(EngineDeadError, match="rank 1"):
+            engine.generate([[5]])
+    with open_engine(tiny, **layout) as engine:
+        again = token_ids(engine.generate([[5, 6]], LONG, use_tqdm=False))
+    with open_engine(tiny) as engine:
+        assert token_ids(engine.generate([[5, 6]], LONG, use_tqdm=False)) == again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_stopped_rank_is_named_in_time_and_ended(tiny, layout):
+    with open_engine(tiny, **layout, peer_timeout_seconds=4) as engine:
+        pid = child_of(engine)
+        told, seconds = lose(engine, signal.SIGSTOP)
+        assert "has not been heard of" in told and seconds < 4.5
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_idle_engine_notices_too(tiny, number):
+    with open_engine(tiny, tensor_parallel_size=2, peer_timeout_seconds=3) as engine:
+        time.sleep(1)
+        os.kill(child_of(engine), number)
+        deadline = time.monotonic() + 4
+        while not engine._loop.is_dead:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        with pytest.raises(EngineDeadError, match="it was idle"):
+            engine.generate([[5]])
+
+
+@pytest.mark.slow
+def test_children_end_with_a_program_that_is_killed(tiny):
+    """They hear that the connection closes."""
+    script = (
+        "import sys, time\nfrom tests.tiny import open_engine\n"
+        f"engine = open_engine({str(tiny)!r}, tensor_parallel_size=2)\n"
+        "print(*[p.pid for p in engine._core.ranks._children._processes.values()], flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as program:
+        child = int(program.stdout.readline())
+        program.kill()
+        deadline = time.monotonic() + 10
+        while is_alive(child):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_step_that_hangs_is_told_with_the_rank_that_is_behind(tiny):
+    """Rank 0 itself, in the midst of a step: the other one waits for it."""
+    with open_engine(tiny, tensor_parallel_size=2, peer_timeout_seconds=2) as engine:
+        runner, let_go = engine._core.ranks.stage.runner, threading.Event()
+        launch = runner.launch
+
+        def hang(plan):
+            if plan.step_id == 5:
+                let_go.wait(30)
+            launch(plan)
+
+        runner.launch = hang
+        with pytest.raises(EngineDeadError, match=r"rank 0 \(.*, this process\) hangs"):
+            engine.generate([[5, 6, 7]], LONG, use_tqdm=False)
+        let_go.set()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60)
+def test_a_program_that_forgets_to_close_ends(tiny):
+    """The threads of an open engine are daemons; the children hear that it has ended."""
+    script = (
+        "from tests.tiny import open_engine\n"
+        f"engine = open_engine({str(tiny)!r}, pipeline_parallel_size=2)\n"
+        "engine.generate([[5, 6]], use_tqdm=False)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], timeout=50, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
