@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ernie_engine.engine.stage import Stage
-from ernie_engine.model.stage_clock import StageClock
+from ernie_engine.model.runner import ModelRunner
 from ernie_engine.model.startup import Description
 from ernie_engine.parallel.health import State, Vitals
 from ernie_engine.parallel.mesh import Mesh
@@ -23,23 +23,25 @@ class SelfReport:
 
     def __init__(self) -> None:
         self.state = State.LOADING
-        self._sources: tuple[Mesh, Stage, StageClock] | None = None
+        self._sources: tuple[Mesh, Stage, ModelRunner] | None = None
 
-    def attach(self, mesh: Mesh, stage: Stage, clock: StageClock) -> None:
-        self._sources = mesh, stage, clock
+    def attach(self, mesh: Mesh, stage: Stage, runner: ModelRunner) -> None:
+        self._sources = mesh, stage, runner
 
     def vitals(self) -> Vitals:
         if self._sources is None:
             return Vitals(self.state)
-        mesh, stage, clock = self._sources
+        mesh, stage, runner = self._sources
+        clock = runner.clock
         clock.look()
         begun, done = stage.num_steps, clock.num_steps
         state = State.STEPPING if begun > done else State.IDLE
-        return Vitals(state, begun, done, mesh.pulse.count, clock.busy_seconds, _peak_memory())
+        peak = _peak_memory(runner.state.device)
+        return Vitals(state, begun, done, mesh.pulse.count, clock.busy_seconds, peak)
 
 
-def _peak_memory() -> int:
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+def _peak_memory(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def facts_of(description: Description) -> dict[str, Any]:

@@ -17,7 +17,14 @@ from ernie_engine.engine.loop import EngineDeadError
 from ernie_engine.engine.rank import SelfReport, facts_of
 from ernie_engine.engine.stage import PendingFrame, Runner, Stage
 from ernie_engine.model.startup import Description, open_model
-from ernie_engine.parallel.connect import connect, disconnect, host_store, join_store, own_store
+from ernie_engine.parallel.connect import (
+    abort,
+    connect,
+    disconnect,
+    host_store,
+    join_store,
+    own_store,
+)
 from ernie_engine.parallel.control import Hub, PeerLost
 from ernie_engine.parallel.health import State
 from ernie_engine.parallel.mesh import Mesh
@@ -100,7 +107,7 @@ class Fleet:
         self._is_open.set()
         self.num_kv_blocks = runner.kv.num_blocks
         self.stage = Stage(runner, config.debug)
-        self._report.attach(self._mesh, self.stage, runner.clock)
+        self._report.attach(self._mesh, self.stage, runner)
 
     def _alive(self, state: State) -> None:
         self._report.state = state
@@ -127,6 +134,8 @@ class Fleet:
             fail(failure)
             if self._children is not None:
                 self._children.wait(FAREWELL_SECONDS)  # a step that waits for one ends with it
+            if self._mesh is not None:
+                abort(self._mesh)
 
         self._hub.on_failure = lose
         if self._hub.failure is not None:

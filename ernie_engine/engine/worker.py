@@ -45,7 +45,7 @@ def serve_rank(description: Description) -> None:
                 description, mesh, spoke.agree, lambda state: setattr(report, "state", state)
             )
             stage = Stage(runner, config.debug)
-            report.attach(mesh, stage, runner.clock)
+            report.attach(mesh, stage, runner)
             _run_steps(stage, spoke)
         except Exception as error:
             logger.debug("rank %d failed", world.rank, exc_info=error)

@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup, Store
+from torch.distributed.distributed_c10d import _abort_process_group
 
 from ernie_engine.parallel.mesh import Mesh
 from ernie_engine.parallel.planner import Grid
@@ -52,6 +53,8 @@ def connect(
             "torch.distributed is in use in this process (by this program, or by another Engine "
             "that is open): close that first"
         )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
@@ -77,8 +80,15 @@ def connect(
 
 def disconnect(mesh: Mesh) -> None:
     """End the groups. Every rank does so, after its last step."""
-    if mesh.pp_size * mesh.tp_size > 1:
+    if mesh.pp_size * mesh.tp_size > 1 and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def abort(mesh: Mesh) -> None:
+    """After a rank is lost: end what is under way with it, from any thread, or another thread of
+    this process would wait for ever. NCCL waits so; gloo notices a closed connection by itself."""
+    if mesh.pp_size * mesh.tp_size > 1 and dist.is_initialized() and dist.get_backend() == "nccl":
+        _abort_process_group()  # all of them at once: one by one they can wait for each other
 
 
 def _own_group(partition: list[list[int]], rank: int) -> ProcessGroup | None:

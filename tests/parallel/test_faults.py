@@ -10,7 +10,7 @@ import time
 import pytest
 
 from ernie_engine import EngineDeadError, SamplingParams
-from tests.server.process import is_alive
+from tests.processes import is_alive
 from tests.tiny import open_engine, token_ids
 
 LONG = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)

@@ -12,6 +12,7 @@ import httpx
 from openai import AsyncOpenAI, OpenAI
 
 from ernie_engine.server.engine_process import HEARTBEAT_SECONDS
+from tests.processes import is_alive
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--max-num-seqs", "8", "--kv-cache-memory-bytes", str(4 << 20), "--device", "cpu"]
@@ -116,11 +117,3 @@ class Served:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def is_alive(pid: int) -> bool:
-    """Running, and not only waiting to be noticed by its parent."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

@@ -11,7 +11,8 @@ import time
 import httpx
 import pytest
 
-from tests.server.process import SMALL, Served, is_alive
+from tests.processes import is_alive
+from tests.server.process import SMALL, Served
 from tests.server.sse import COMPLETIONS
 from tests.server.test_disconnects import ask, read_until
 

@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from tests.server.process import is_alive
+from tests.processes import is_alive
 from tests.server.torchrun import Agents, named
 
 LONG = {"max_tokens": 400, "extra_body": {"ignore_eos": True}}

@@ -12,7 +12,8 @@ from pathlib import Path
 import httpx
 from openai import OpenAI
 
-from tests.server.process import ENVIRONMENT, ROOT, SMALL, is_alive
+from tests.processes import is_alive
+from tests.server.process import ENVIRONMENT, ROOT, SMALL
 
 START_SECONDS = 120
 
