@@ -18,9 +18,8 @@ from ernie_engine.engine.core import EngineCore, make_intake
 from ernie_engine.engine.intake import Job, Message, Prompt
 from ernie_engine.engine.loop import EngineDeadError, EngineLoop
 from ernie_engine.engine.request import Piece, RequestOutput, SamplingParams, TokenOutput
-from ernie_engine.engine.worker import serve_rank
+from ernie_engine.engine.worker import describe_rank, serve_rank
 from ernie_engine.engine_config import EngineConfig
-from ernie_engine.model.startup import describe
 
 logger = logging.getLogger("ernie_engine")
 
@@ -39,7 +38,7 @@ class Engine:
 
     def __init__(self, model: str | Path, **fields: Any):
         _show_log()
-        description = describe(EngineConfig(model=str(model), **fields))
+        description = describe_rank(EngineConfig(model=str(model), **fields))
         self.config, self.model_config = description.config, description.model_config
         self.rank = description.world.rank
         self._intake = make_intake(self.config, self.model_config)

@@ -6,6 +6,7 @@ torchrun Engine() and the server call serve_rank().
 
 import json
 import logging
+import os
 import queue
 import signal
 import sys
@@ -21,9 +22,25 @@ from ernie_engine.engine.stage import PendingFrame, Stage
 from ernie_engine.engine_config import EngineConfig
 from ernie_engine.model.startup import Description, describe, open_model
 from ernie_engine.parallel.connect import connect, disconnect, join_store, own_store
-from ernie_engine.parallel.control import PeerLost, Spoke
+from ernie_engine.parallel.control import PeerLost, Spoke, refuse
+from ernie_engine.parallel.world import World, host_name
 
 logger = logging.getLogger(__name__)
+
+
+def describe_rank(config: EngineConfig) -> Description:
+    """As describe(); a rank above 0 tells rank 0 why it will not come, or that would wait."""
+    try:
+        return describe(config)
+    except ValueError as error:
+        world = World.from_env(os.environ)
+        if world.rank > 0:
+            try:
+                store = own_store(join_store(world, config.peer_timeout_seconds), world)
+                refuse(store, world.rank, f"{host_name()}: {error}")
+            except RuntimeError as unreachable:
+                logger.warning("rank 0 could not be told: %s", unreachable)
+        raise
 
 
 def serve_rank(description: Description) -> None:

@@ -100,7 +100,7 @@ class Hub:
         vitals: Callable[[], Vitals],
         end_of: Callable[[int], str | None] = lambda rank: None,
     ):
-        self._world, self._timeout = world, timeout_seconds
+        self._world, self._store, self._timeout = world, store, timeout_seconds
         self._vitals, self._end_of = vitals, end_of
         self.on_failure: Callable[[Exception], None] = lambda failure: None
         self.failure: Exception | None = None
@@ -129,6 +129,8 @@ class Hub:
         missing = set(range(1, self._world.size))
         while missing:
             for rank in sorted(missing):
+                if self._store.check([_refusal(rank)]):
+                    raise ValueError(f"rank {rank}: {self._store.get(_refusal(rank)).decode()}")
                 if (end := self._end_of(rank)) is not None:
                     raise PeerLost(f"rank {rank} {end} before it joined")
             if time.monotonic() > deadline:
@@ -384,6 +386,15 @@ class Spoke:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(1)
+
+
+def refuse(store: Store, rank: int, reason: str) -> None:
+    """Tell rank 0 that this rank will not come: it cannot serve what it was asked to."""
+    store.set(_refusal(rank), reason)
+
+
+def _refusal(rank: int) -> str:
+    return f"refusal of rank {rank}"
 
 
 def _listen(host: str, port: int | None) -> socket.socket:

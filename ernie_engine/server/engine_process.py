@@ -19,8 +19,8 @@ from collections.abc import Callable
 from enum import Enum
 from types import FrameType
 
-from ernie_engine.engine.core import EngineCore, describe, make_intake
-from ernie_engine.engine.worker import serve_rank
+from ernie_engine.engine.core import EngineCore, make_intake
+from ernie_engine.engine.worker import describe_rank, serve_rank
 from ernie_engine.engine_config import EngineConfig, ResolvedConfig
 from ernie_engine.framing import MAX_FRAME_BYTES, encode_json
 from ernie_engine.server.link import Link
@@ -46,7 +46,7 @@ Events = queue.SimpleQueue[Event]
 def serve(config: EngineConfig, server: ServerConfig) -> int:
     """Serve until a signal or a failure; the exit status. ValueError for what cannot be served.
     Under torchrun rank 0 holds the front end, and the others work for it."""
-    description = describe(config)
+    description = describe_rank(config)
     if description.world.rank > 0:
         serve_rank(description)
         return 0

@@ -123,7 +123,7 @@ def test_a_server_that_refuses(bench, tiny):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--model", "/nowhere"], "config.json"),
+        (["--model", "/nowhere"], "is not a folder"),
         (["--model", "TINY", "--max-input-len", "511", "--max-output-len", "2"], "max_model_len"),
         (["--model", "TINY", "--steps", "--only", "b=3"], "b=3"),
         (["--model", "TINY", "--request-rate", "0"], "request_rate"),

@@ -27,7 +27,10 @@ class Store(dict):
     """As much of torch's store as is used."""
 
     def set(self, key, value):
-        self[key] = value
+        self[key] = value.encode()
+
+    def check(self, keys):
+        return all(key in self for key in keys)
 
     def get(self, key):
         while key not in self:
@@ -302,6 +305,15 @@ def test_ranks_that_do_not_come_are_named():
     hub.stop()
 
 
+def test_a_rank_that_will_not_come_says_why():
+    store = Store()
+    hub = Hub(world(0), store, 10.0, None, Vitals)
+    control.refuse(store, 2, "b: model='/m' is not a folder")
+    with pytest.raises(ValueError, match="rank 2: b: model='/m' is not a folder"):
+        hub.wait_for_all(FACTS, 5.0)
+    hub.stop()
+
+
 def test_a_port_that_is_taken_or_an_address_of_another_host_is_told():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -317,7 +329,7 @@ GUARDED = """
     from ernie_engine.parallel.guard import Guard
     guard = Guard(1.0)
     print("ready", flush=True)
-    for _ in range(20):
+    for _ in range(8):
         guard.beat()
         time.sleep(0.1)
     if sys.argv[1] == "stop":

@@ -142,6 +142,7 @@ def test_the_banner_is_what_people_paste(tiny):
 
 def test_log_probabilities_must_fit_a_frame():
     fields = {"model": "m", "max_model_len": 100, "max_steps_in_flight": 1}
+    fields |= {"tensor_parallel_size": 1, "pipeline_parallel_size": 1}
     check_frames(ResolvedConfig(**fields, max_num_batched_tokens=8192, max_logprobs=1000))
     with pytest.raises(ValueError, match="max_logprobs=100000"):
         check_frames(ResolvedConfig(**fields, max_num_batched_tokens=8192, max_logprobs=100_000))
