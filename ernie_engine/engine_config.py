@@ -31,7 +31,7 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None  # a step's token budget
     block_size: int = 16  # tokens in a K/V block
     gpu_memory_utilization: float = 0.9  # share of the card's memory for everything
-    kv_cache_memory_bytes: int | None = None  # overrides the measurement; CPU default 4 GiB
+    kv_cache_memory_bytes: int | None = None  # a rank's; overrides the measurement; CPU: 4 GiB
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     max_steps_in_flight: int | None = None  # None: one a pipeline stage, one more on a GPU

@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from ernie_engine import EngineDeadError, SamplingParams
 from tests.processes import is_alive
@@ -47,6 +48,15 @@ def test_a_killed_rank_is_named_and_the_program_goes_on(tiny, layout):
         again = token_ids(engine.generate([[5, 6]], LONG, use_tqdm=False))
     with open_engine(tiny) as engine:
         assert token_ids(engine.generate([[5, 6]], LONG, use_tqdm=False)) == again
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_the_program_goes_on_after_a_rank_was_killed_on_a_gpu(tiny, monkeypatch, layout):
+    """NCCL does not notice by itself."""
+    monkeypatch.setenv("ERNIE_TEST_DEVICE", "cuda")
+    test_a_killed_rank_is_named_and_the_program_goes_on(tiny, layout)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from ernie_engine import Engine, EngineDeadError, SamplingParams
 from ernie_engine.testing.checkpoints import write_checkpoint
@@ -72,6 +73,16 @@ LAYOUTS = {
 def test_layouts(tiny, odd, expected, layout, checkpoint):
     folder = {"tiny": tiny, "odd": odd}[checkpoint]
     check(folder, expected[checkpoint], **LAYOUTS[layout])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "pp2, deep", "ep2"])
+def test_layouts_on_two_gpus(tiny, monkeypatch, layout):
+    monkeypatch.setenv("ERNIE_TEST_DEVICE", "cuda")
+    with small_engine(tiny) as engine:
+        expected = busy_day(engine)
+    check(tiny, expected, **LAYOUTS[layout])
 
 
 @pytest.mark.slow
