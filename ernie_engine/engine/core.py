@@ -7,6 +7,7 @@ Python API (engine.py) and the HTTP server put text on top.
 import itertools
 import logging
 import secrets
+import sys
 from pathlib import Path
 
 from ernie_engine.config import ModelConfig
@@ -31,7 +32,8 @@ class EngineCore:
     def __init__(self, description: Description):
         self.config, self.model_config = description.config, description.model_config
         runner = open_model(description)
-        self.num_kv_blocks = runner.kv.num_blocks
+        self.num_kv_blocks, self.ops = runner.kv.num_blocks, runner.ops
+        self._calls_untold = self.config.log_kernels
         limits = Limits(
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
@@ -46,6 +48,9 @@ class EngineCore:
     def close(self) -> None:
         """End open requests (finish_reason "abort") and the loop. Twice does no harm."""
         self.loop.close()
+        if self._calls_untold:
+            self._calls_untold = False
+            print(self.ops.call_table(), file=sys.stderr)
 
 
 def make_intake(config: ResolvedConfig, model_config: ModelConfig) -> Intake:

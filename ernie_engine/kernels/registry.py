@@ -110,22 +110,24 @@ VARIABLE = "ERNIE_KERNELS"  # what "auto" means instead, if set
 SYNTAX = "NAME for all ops, then -OP for torch instead or OP=NAME; such as 'triton,-linear'"
 
 
+def asked_for(kernels: str) -> str:
+    """What the environment asks for where the configuration leaves it open."""
+    return (os.environ.get(VARIABLE) or "auto") if kernels == "auto" else kernels
+
+
 def select(kernels: str, device_type: str) -> Ops:
-    """The ops that `kernels` names for "cpu" or "cuda"; "auto" leaves it to ERNIE_KERNELS.
+    """The ops that `kernels` names ("triton,-linear") for "cpu" or "cuda".
 
     Raises ValueError for what does not exist or cannot run there.
     """
     if device_type not in AUTO:
         raise ValueError(f"device={device_type!r}: use one of {sorted(AUTO)}")
-    source = "kernels"
-    if kernels == "auto":
-        source, kernels = VARIABLE, os.environ.get(VARIABLE) or "auto"
     try:
         chosen = _parse(kernels, AUTO[device_type])
         _check_runnable(chosen, device_type)
         return Ops(**{op: _find(op, name) for op, name in chosen.items()})
     except ValueError as error:
-        raise ValueError(f"{source}={kernels!r}: {error}") from None
+        raise ValueError(f"kernels={kernels!r} (or {VARIABLE}): {error}") from None
 
 
 def _parse(kernels: str, auto: str) -> dict[str, str]:

@@ -59,7 +59,7 @@ class ModelRunner:
     """Runs steps for the requests in `state`, over the blocks of `kv`."""
 
     def __init__(self, model: Ernie, ops: Ops, state: Slots, kv: KVCache):
-        self.model, self.state, self.kv = model, state, kv
+        self.model, self.ops, self.state, self.kv = model, ops, state, kv
         self.sampler = Sampler(ops, state)
         self._launched: tuple[StepPlan, ForwardBatch, Tensor] | None = None
 

@@ -6,7 +6,7 @@ Owns that order and the arithmetic it prints. Runs no request.
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from ernie_engine.config import ModelConfig
 from ernie_engine.engine.plan import NewSlot, SamplingPart, SamplingSpec, StepPlan
 from ernie_engine.engine_config import EngineConfig, ResolvedConfig
 from ernie_engine.kernels.decode_attention import MAX_GATHERED_TOKENS
-from ernie_engine.kernels.registry import select
+from ernie_engine.kernels.registry import asked_for, select
 from ernie_engine.model.checkpoint import Checkpoint
 from ernie_engine.model.ernie import Ernie
 from ernie_engine.model.kv_cache import KVCache, KVGeometry
@@ -45,6 +45,7 @@ def describe(config: EngineConfig) -> Description:
         raise ValueError(f"model={config.model!r} is not a folder with a checkpoint")
     checkpoint = None if config.load_format == "dummy" else Checkpoint.open(folder)
     model_config = ModelConfig.from_folder(folder, checkpoint and checkpoint.shapes)
+    config = replace(config, kernels=asked_for(config.kernels))
     resolved = config.resolve(model_config, cuda=torch.cuda.is_available())
     return Description(resolved, model_config, checkpoint)
 
@@ -57,6 +58,8 @@ def open_model(description: Description) -> ModelRunner:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     ops = select(config.kernels, device.type)
+    if config.log_kernels:
+        ops = ops.counted()
     place = Placement(Mesh(), getattr(torch, config.dtype), device)
     model = Ernie(model_config, ops, place, config.max_model_len)
     _fill(model, description.checkpoint)
