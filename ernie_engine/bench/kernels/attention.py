@@ -1,16 +1,20 @@
 """Cases of attention over a paged cache: prompts and decode rows."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ernie_engine.bench.floors import Work
 from ernie_engine.bench.kernels.case import KernelCase
+from ernie_engine.bench.kernels.checking import Tensors, near_each
 from ernie_engine.bench.kernels.shapes import RankShape
 
 BLOCK_SIZE = 16
 MAX_DECODE_ROWS = 256
 MAX_CACHED_TOKENS = 1 << 21  # of a case's rows together: what stands in the cache must fit
+CHECKED_QUERIES = 32
 CONTEXTS = (1024, 8192, 131072)
 
 
@@ -58,4 +62,29 @@ def _case(
     cached = sum(context for _, context in rows) * 2 * shape.kv_heads * dim
     moved = (2 * tokens * shape.heads * dim + cached) * dtype.itemsize
     pairs = sum(n * (context - n) + n * (n + 1) / 2 for n, context in rows)
-    return KernelCase(op, label, tokens, make, Work(moved, 4 * pairs * shape.heads * dim))
+    work = Work(moved, 4 * pairs * shape.heads * dim)
+    return KernelCase(op, label, tokens, make, work, near_for_some_queries)
+
+
+def near_for_some_queries(
+    arguments: Sequence[Any], out: Tensors, wide: Callable[[], Tensors], twin: Tensors
+) -> str | None:
+    """All scores of a long prompt in fp64 would not fit the card: some queries, first and last."""
+    q, query_start, context_lens = arguments[0], arguments[4].tolist(), arguments[5].tolist()
+    tokens = sorted({0, len(q) - 1, *torch.randint(0, len(q), (CHECKED_QUERIES,)).tolist()})
+    exact = []
+    for token in tokens:
+        row = max(r for r, start in enumerate(query_start[:-1]) if start <= token)
+        visible = context_lens[row] - (query_start[row + 1] - 1 - token)
+        exact.append(_attend(arguments, row, token, visible))
+    return near_each(out[0][tokens], torch.stack(exact), twin[0][tokens])
+
+
+def _attend(arguments: Sequence[Any], row: int, token: int, visible: int) -> Tensor:
+    """One query token over the first `visible` tokens of its row, in fp64: [Hq, D]."""
+    q, k_cache, v_cache, tables, _, _, scale, _ = arguments
+    blocks = tables[row, : -(-visible // BLOCK_SIZE)]
+    k, v = (cache[blocks].flatten(0, 1)[:visible].double() for cache in (k_cache, v_cache))
+    query = q[token].double().unflatten(0, (k.shape[1], -1))  # [Hkv, group, D]
+    scores = torch.einsum("hgd,chd->hgc", query, k) * scale
+    return torch.einsum("hgc,chd->hgd", scores.softmax(dim=-1), v).flatten(0, 1)

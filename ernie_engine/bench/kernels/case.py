@@ -19,6 +19,7 @@ class KernelCase:
     seed; on the device "meta" it must work too, so it may not look at a number that it drew.
 
     `written` are the places of the arguments that the op writes; they are compared like results.
+    `size` is what the op's launch table goes by.
     """
 
     op: str
@@ -28,3 +29,8 @@ class KernelCase:
     work: Work = field(repr=False)
     check: Check = near
     written: tuple[int, ...] = ()
+    table_size: int | None = None  # None: the number of tokens
+
+    @property
+    def size(self) -> int:
+        return self.num_tokens if self.table_size is None else self.table_size

@@ -1,13 +1,13 @@
 """Cases of the router and of the routed experts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from ernie_engine.bench.floors import Work
 from ernie_engine.bench.kernels.case import KernelCase
-from ernie_engine.bench.kernels.checking import Tensors, near
+from ernie_engine.bench.kernels.checking import Tensors, near_each
 from ernie_engine.bench.kernels.shapes import RankShape
 
 NORM_MIN = 1e-12
@@ -31,7 +31,7 @@ def router_cases(shape: RankShape, tokens: int, dtype: torch.dtype) -> Iterator[
 
 
 def same_choices(
-    arguments: Sequence[Any], out: Tensors, wide: Tensors, twin: Tensors
+    arguments: Sequence[Any], out: Tensors, wide: Callable[[], Tensors], twin: Tensors
 ) -> str | None:
     """The experts of fp64 but for near-ties; the weights of the experts chosen."""
     x, weight, bias, _, norm_min = arguments
@@ -49,7 +49,7 @@ def same_choices(
         return "not best first"
     exact = p.gather(1, ids)
     exact = exact / exact.sum(dim=-1, keepdim=True).clamp(min=norm_min)
-    return near(arguments, (weights,), (exact,), (exact.to(weights.dtype),))
+    return near_each(weights, exact, exact.to(weights.dtype))
 
 
 def moe_experts_cases(shape: RankShape, tokens: int, dtype: torch.dtype) -> Iterator[KernelCase]:

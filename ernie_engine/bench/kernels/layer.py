@@ -34,7 +34,7 @@ def rms_norm_cases(shape: RankShape, tokens: int, dtype: torch.dtype) -> Iterato
         return x, weight[0], EPS
 
     moved = 2 * tokens * shape.hidden * dtype.itemsize
-    yield KernelCase("rms_norm", shape.name, tokens, make, Work(moved, 0))
+    yield KernelCase("rms_norm", shape.name, tokens, make, Work(moved, 0), table_size=shape.hidden)
 
 
 def add_rms_norm_cases(shape: RankShape, tokens: int, dtype: torch.dtype) -> Iterator[KernelCase]:
@@ -43,7 +43,9 @@ def add_rms_norm_cases(shape: RankShape, tokens: int, dtype: torch.dtype) -> Ite
         return x, residual, _rows(1, shape.hidden, dtype, device)[0], EPS
 
     moved = 4 * tokens * shape.hidden * dtype.itemsize
-    yield KernelCase("add_rms_norm", shape.name, tokens, make, Work(moved, 0))
+    yield KernelCase(
+        "add_rms_norm", shape.name, tokens, make, Work(moved, 0), table_size=shape.hidden
+    )
 
 
 def swiglu_cases(shape: RankShape, tokens: int, dtype: torch.dtype) -> Iterator[KernelCase]:

@@ -23,6 +23,7 @@ from ernie_engine.bench.kernels.sampling import (
     token_logprobs_cases,
 )
 from ernie_engine.bench.kernels.shapes import RankShape
+from ernie_engine.kernels.registry import IMPLEMENTATIONS, select
 
 Cases = Callable[[RankShape, int, torch.dtype], Iterator[KernelCase]]
 CASES: dict[str, Cases] = {
@@ -42,3 +43,14 @@ CASES: dict[str, Cases] = {
     "sample": sample_cases,
     "token_logprobs": token_logprobs_cases,
 }
+
+
+def ops_with(name: str, device_type: str) -> list[str]:
+    """The ops that have the implementation. ValueError if it cannot run on such a device."""
+    ops = [op for op in CASES if name in IMPLEMENTATIONS[op]]
+    for op in ops:
+        select(f"torch,{op}={name}", device_type)
+    if not ops:
+        known = sorted({name for names in IMPLEMENTATIONS.values() for name in names})
+        raise ValueError(f"there is no implementation {name!r}; use one of {known}")
+    return ops
