@@ -20,12 +20,13 @@ from torch import Tensor
 from ernie_engine.kernels.candidates import CHUNK, chunk_at, chunk_ids, load_logits, num_chunks
 from ernie_engine.kernels.ordering import FIRST_KEY, key_ids, order_keys
 from ernie_engine.kernels.philox import gumbel_noise, gumbel_noise_of
-from ernie_engine.kernels.top_filter import (
+from ernie_engine.kernels.row_settings import (
     TEMPERATURE,
-    find_thresholds,
+    find_settings,
     load_setting,
     scaled_logits,
 )
+from ernie_engine.kernels.top_filter import find_thresholds
 
 
 @triton.jit
@@ -76,7 +77,8 @@ def sample_triton(
     """As sample_torch, and the same tokens."""
     logits = logits.contiguous()
     rows, vocab_size = logits.shape
-    greedy, settings, thresholds = find_thresholds(logits, temperature, top_k, top_p, min_p)
+    settings, greedy = find_settings(logits, temperature, top_k, top_p, min_p)
+    thresholds = find_thresholds(logits, settings)
     chunks = num_chunks(vocab_size)
     drawn_keys = torch.empty(rows, chunks, dtype=torch.int64, device=logits.device)
     strides = seeds.stride(0), positions.stride(0)

@@ -1,13 +1,9 @@
 """Where top-k and top-p cut a row: the worst order key that they keep, found without a sort.
 
-    z = (logit - best logit) / temperature, and -inf where z < log(min_p)
-    top-k keeps the k best keys of z; top-p the fewest of those, best first, whose mass reaches
-    p * (the mass of those), a mass being exp(z) in fp64
-
-Both ask for the largest key from which on the weights of all better ones reach a target: weights of
-1 and a target of k, or masses. It is found bit by bit, among the candidates of candidates.py. With
-top-p alone, tokens of z < log((1 - p) / V) have less mass than 1 - p together, and the best token
-has mass 1: none of them can be kept, and they count in the whole mass only.
+Top-k keeps the k best keys of z (row_settings.py); top-p the fewest of those, best first, whose
+mass reaches p * (the mass of those), a mass being exp(z) in fp64. Both ask for the largest key from
+which on the weights of all better ones reach a target: weights of 1 and a target of k, or masses.
+It is found bit by bit, among the tokens that reach the row's bound; others count in a mass only.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -24,93 +20,13 @@ from ernie_engine.kernels.candidates import (
     chunk_at,
     chunk_ids,
     empty_candidates,
-    find_maxima,
     load_candidates,
     load_logits,
+    num_chunks,
     store_candidates,
 )
-from ernie_engine.kernels.ordering import (
-    FIRST_KEY,
-    KEY_BITS,
-    MAX_IDS,
-    key_ids,
-    key_values,
-    kth_largest,
-    order_keys,
-)
-
-# What is known of a row, a line of fp32 [R, NUM_SETTINGS]. A token whose z is below the bound is
-# kept by no filter; an infinite bound: the row has no filter.
-NUM_SETTINGS = 6
-TEMPERATURE, TOP_K, TOP_P, BEST, FLOOR, BOUND = (tl.constexpr(i) for i in range(NUM_SETTINGS))
-_LINE = tl.constexpr(NUM_SETTINGS)
-_MAX_IDS = tl.constexpr(MAX_IDS)
-_MARGIN = tl.constexpr(0.01)  # of the bound for top-p; fp32 is off by far less
-
-
-@triton.jit
-def load_setting(settings, which: tl.constexpr):
-    """Of this program's row."""
-    return tl.load(settings + tl.program_id(0) * _LINE + which)
-
-
-@triton.jit
-def scaled_logits(logits, settings):
-    """z, with the bits of the twin."""
-    z = logits - load_setting(settings, BEST)
-    z = tl.div_rn(z, load_setting(settings, TEMPERATURE))
-    return tl.where(z < load_setting(settings, FLOOR), -float("inf"), z)
-
-
-@triton.jit
-def _settings_kernel(
-    best_keys,
-    group_maxima,
-    temperatures,
-    top_ks,
-    top_ps,
-    min_ps,
-    settings,
-    greedy,
-    temperature_stride,
-    top_k_stride,
-    top_p_stride,
-    min_p_stride,
-    vocab_size,
-    num_chunks,
-    num_groups,
-    CHUNKS: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
-    """The greedy token of a row, and its settings."""
-    row = tl.program_id(0).to(tl.int64)
-    chunks, groups = tl.arange(0, CHUNKS), tl.arange(0, GROUPS)
-    keys = tl.load(best_keys + row * num_chunks + chunks, mask=chunks < num_chunks, other=FIRST_KEY)
-    best_key = tl.max(keys, axis=0)
-    tl.store(greedy + row, key_ids(best_key))
-    best = key_values(best_key)
-    temperature = tl.load(temperatures + row * temperature_stride)
-    top_k = tl.minimum(tl.load(top_ks + row * top_k_stride), _MAX_IDS).to(tl.float32)
-    top_p = tl.load(top_ps + row * top_p_stride)
-    floor = tl.log(tl.load(min_ps + row * min_p_stride).to(tl.float64)).to(tl.float32)
-    bound = tl.full([], float("inf"), tl.float32)
-    if temperature > 0:
-        if top_k > num_groups:
-            bound = tl.full([], -float("inf"), tl.float32)
-        elif top_k > 0:
-            inside = groups < num_groups
-            maxima = group_maxima + row * num_groups + groups
-            values = tl.load(maxima, mask=inside, other=-float("inf"))
-            bound = tl.div_rn(kth_largest(values, top_k) - best, temperature)
-        elif top_p < 1:
-            bound = tl.log((1.0 - top_p) / vocab_size) - _MARGIN
-    line = settings + row * _LINE
-    tl.store(line + TEMPERATURE, temperature)
-    tl.store(line + TOP_K, top_k)
-    tl.store(line + TOP_P, top_p)
-    tl.store(line + BEST, best)
-    tl.store(line + FLOOR, floor)
-    tl.store(line + BOUND, bound)
+from ernie_engine.kernels.ordering import FIRST_KEY, KEY_BITS, key_values, order_keys
+from ernie_engine.kernels.row_settings import BOUND, TOP_K, TOP_P, load_setting, scaled_logits
 
 
 @triton.jit
@@ -238,35 +154,22 @@ def _threshold_kernel(
     tl.store(thresholds + row, threshold)
 
 
-def find_thresholds(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Arguments as sample's, logits contiguous -> (greedy token [R] int64, settings
-    [R, NUM_SETTINGS] fp32, the worst key of z that is kept [R] int64)."""
+def find_thresholds(logits: Tensor, settings: Tensor) -> Tensor:
+    """logits [R, V] fp32, contiguous, and the rows' settings -> the worst key of z that is kept
+    [R] int64; FIRST_KEY for rows without top-k and top-p."""
     rows, vocab_size = logits.shape
-    device = logits.device
-    best_keys, group_maxima = find_maxima(logits)
-    chunks, groups = best_keys.shape[1], group_maxima.shape[1]
-    settings = torch.empty(rows, NUM_SETTINGS, dtype=torch.float32, device=device)
-    greedy, thresholds = (torch.empty(rows, dtype=torch.int64, device=device) for _ in range(2))
-    columns = temperature, top_k, top_p, min_p
-    chunks_2, groups_2 = triton.next_power_of_2(chunks), triton.next_power_of_2(groups)
-    _settings_kernel[(rows,)](
-        *(best_keys, group_maxima, *columns, settings, greedy),
-        *(*(column.stride(0) for column in columns), vocab_size, chunks, groups),
-        CHUNKS=chunks_2,
-        GROUPS=groups_2,
-    )
+    chunks, device = num_chunks(vocab_size), logits.device
     candidates, counts = empty_candidates(rows, chunks, device)
     masses = torch.empty(rows, chunks, dtype=torch.float64, device=device)
     _gather_kernel[(rows, chunks)](
         logits, settings, candidates, counts, masses, vocab_size, CHUNK=CHUNK, num_warps=8
     )
+    thresholds = torch.empty(rows, dtype=torch.int64, device=device)
     _threshold_kernel[(rows,)](
         *(settings, candidates, counts, masses, thresholds, chunks),
         CHUNK=CHUNK,
-        CHUNKS=chunks_2,
+        CHUNKS=triton.next_power_of_2(chunks),
         WIDTH=WIDTH,
         num_warps=16,
     )
-    return greedy, settings, thresholds
+    return thresholds

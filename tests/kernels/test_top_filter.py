@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ernie_engine.kernels import candidates, top_filter
+from ernie_engine.kernels import candidates, row_settings, top_filter
+from ernie_engine.kernels.row_settings import find_settings
 from ernie_engine.kernels.sampling import _keep_top
 from ernie_engine.kernels.top_filter import find_thresholds
 
@@ -13,10 +14,15 @@ def small_chunks(request, monkeypatch):
     """So that small rows have several chunks, and chunks more candidates than are looked at
     together; the real sizes on a GPU."""
     if not request.node.get_closest_marker("gpu"):
-        for name, value in {"CHUNK": 256, "GROUP": 32, "WIDTH": 32}.items():
-            for module in (candidates, top_filter):
-                if hasattr(module, name):
-                    monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(candidates, "CHUNK", 256)
+        monkeypatch.setattr(candidates, "GROUP", 32)
+        monkeypatch.setattr(top_filter, "CHUNK", 256)
+        monkeypatch.setattr(top_filter, "WIDTH", 32)
+
+
+def find(logits, *columns):
+    settings, greedy = find_settings(logits, *columns)
+    return settings, greedy, find_thresholds(logits, settings)
 
 
 def kept_by_twin(logits, temperature, top_k, top_p, min_p):
@@ -28,10 +34,10 @@ def kept_by_twin(logits, temperature, top_k, top_p, min_p):
 
 def kept_by_kernels(logits, temperature, top_k, top_p, min_p, device):
     arguments = (t.to(device) for t in (logits, temperature, top_k, top_p, min_p))
-    greedy, settings, thresholds = (t.cpu() for t in find_thresholds(*arguments))
+    settings, greedy, thresholds = (t.cpu() for t in find(*arguments))
     assert torch.equal(greedy, logits.argmax(dim=-1))
     z = (logits - logits.amax(dim=-1, keepdim=True)) / temperature[:, None]
-    z = z.masked_fill(z < settings[:, top_filter.FLOOR.value, None], -torch.inf)
+    z = z.masked_fill(z < settings[:, row_settings.FLOOR.value, None], -torch.inf)
     bits = (z + 0.0).view(torch.int32).long()
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     keys = (ordered << 20) + ((1 << 20) - 1 - torch.arange(logits.shape[1]))
@@ -78,7 +84,7 @@ def test_equal_tokens_are_cut_by_id_across_chunks(kernel_device):
 def test_a_flat_row_has_more_candidates_than_are_looked_at_together(kernel_device):
     logits = torch.randn(2, candidates.CHUNK + 100) * 0.01
     several, most = check(logits, kernel_device, top_p=[0.5, 0.999])
-    assert candidates.WIDTH < several < most
+    assert top_filter.WIDTH < several < most
 
 
 def test_more_choices_than_groups(kernel_device):
@@ -114,14 +120,14 @@ def test_tokens_below_the_bound_count_in_the_mass(kernel_device, top_p):
 
 
 def test_a_row_without_filters_costs_no_search(kernel_device):
-    *_, settings, thresholds = find_thresholds(
+    settings, _, thresholds = find(
         torch.randn(3, 100).to(kernel_device),
         torch.tensor([0.0, 1.0, 0.5]).to(kernel_device),
         torch.tensor([5, 0, 0]).to(kernel_device),
         torch.ones(3).to(kernel_device),
         torch.tensor([0.0, 0.0, 0.1]).to(kernel_device),
     )
-    assert settings[:, top_filter.BOUND.value].tolist() == [torch.inf] * 3
+    assert settings[:, row_settings.BOUND.value].tolist() == [torch.inf] * 3
     assert thresholds.tolist() == [-(1 << 51)] * 3
 
 

@@ -47,9 +47,15 @@ def same_choices(
         return "a better expert was left out"
     if (chosen.diff(dim=-1) > NEAR_TIE).any():
         return "not best first"
-    exact = p.gather(1, ids)
-    exact = exact / exact.sum(dim=-1, keepdim=True).clamp(min=norm_min)
-    return near_each(weights, exact, exact.to(weights.dtype))
+    exact, torch_op = (
+        _normalised(scores.gather(1, ids), norm_min)
+        for scores in (p, (x.float() @ weight.T).softmax(dim=-1))
+    )
+    return near_each(weights, exact, torch_op.to(weights.dtype))
+
+
+def _normalised(chosen: torch.Tensor, norm_min: float) -> torch.Tensor:
+    return chosen / chosen.sum(dim=-1, keepdim=True).clamp(min=norm_min)
 
 
 def moe_experts_cases(shape: RankShape, tokens: int, dtype: torch.dtype) -> Iterator[KernelCase]:
