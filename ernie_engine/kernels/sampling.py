@@ -95,17 +95,20 @@ def sample_triton(
 
 
 def _keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """logits [R, V] with -inf for what top-k, then top-p over the rest, leave out.
+    """logits [R, V], the best of a row 0, with -inf for what top-k, then top-p over the rest,
+    leave out.
 
     top_k [R] (0 = off): exactly k tokens. top_p [R] (1 = off): the fewest tokens, best first,
-    whose probability reaches top_p, at least one. Sums are fp64: equal on every device.
+    whose mass exp(logit) reaches top_p of the whole, at least one. Sums are fp64 and not divided:
+    equal on every device, and exact for equal tokens.
     """
     ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(logits.shape[1], device=logits.device)
     k = torch.where(top_k > 0, top_k, logits.shape[1])[:, None]
-    p = ordered.double().masked_fill(rank >= k, -torch.inf).softmax(dim=-1)
-    before = p.cumsum(dim=-1) - p  # probability of all better tokens
-    out_of = (rank >= k) | ((before >= top_p[:, None]) & (rank > 0))
+    mass = ordered.double().exp().masked_fill(rank >= k, 0.0)
+    before = mass.cumsum(dim=-1) - mass  # of all better tokens
+    enough = top_p.double()[:, None] * mass.sum(dim=-1, keepdim=True)
+    out_of = (rank >= k) | ((before >= enough) & (rank > 0))
     return torch.empty_like(logits).scatter_(1, ids, ordered.masked_fill(out_of, -torch.inf))
 
 

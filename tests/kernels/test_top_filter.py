@@ -81,6 +81,10 @@ def test_equal_tokens_are_cut_by_id_across_chunks(kernel_device):
     assert kept == [1, candidates.CHUNK + 3, vocab_size]
 
 
+def test_equal_tokens_are_cut_where_the_share_is_exact(kernel_device):
+    assert check(torch.zeros(3, 10), kernel_device, top_p=[0.5, 0.125, 0.75]) == [5, 2, 8]
+
+
 def test_a_flat_row_has_more_candidates_than_are_looked_at_together(kernel_device):
     logits = torch.randn(2, candidates.CHUNK + 100) * 0.01
     several, most = check(logits, kernel_device, top_p=[0.5, 0.999])
