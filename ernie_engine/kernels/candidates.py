@@ -18,7 +18,6 @@ from ernie_engine.kernels.ordering import FIRST_KEY, MAX_IDS, order_keys
 
 CHUNK = 2048  # tokens of a program
 GROUP = 128  # tokens of a maximum
-WIDTH = 64  # candidates of every chunk that are looked at together
 
 
 def num_chunks(vocab_size: int) -> int:

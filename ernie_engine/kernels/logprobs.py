@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ernie_engine.kernels.candidates import (
     CHUNK,
-    WIDTH,
     chunk_at,
     chunk_ids,
     empty_candidates,
@@ -26,6 +25,8 @@ from ernie_engine.kernels.candidates import (
     store_candidates,
 )
 from ernie_engine.kernels.ordering import FIRST_KEY, key_ids, key_values, kth_largest, order_keys
+
+WIDTH = 64  # candidates of every chunk that are looked at together
 
 
 @triton.jit

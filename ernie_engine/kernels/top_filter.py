@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ernie_engine.kernels.candidates import (
     CHUNK,
-    WIDTH,
     chunk_at,
     chunk_ids,
     empty_candidates,
@@ -25,8 +24,15 @@ from ernie_engine.kernels.candidates import (
     num_chunks,
     store_candidates,
 )
+from ernie_engine.kernels.launch import DEFAULT, pick
 from ernie_engine.kernels.ordering import FIRST_KEY, KEY_BITS, key_values, order_keys
 from ernie_engine.kernels.row_settings import BOUND, TOP_K, TOP_P, load_setting, scaled_logits
+
+# By the number of rows. WIDTH: candidates of every chunk that are held in registers.
+TABLE = {(DEFAULT, 256): {"WIDTH": 64, "num_warps": 16}}
+CANDIDATES = [
+    {"WIDTH": width, "num_warps": warps} for width in (32, 64, 128) for warps in (4, 8, 16)
+]
 
 
 @triton.jit
@@ -169,7 +175,6 @@ def find_thresholds(logits: Tensor, settings: Tensor) -> Tensor:
         *(settings, candidates, counts, masses, thresholds, chunks),
         CHUNK=CHUNK,
         CHUNKS=triton.next_power_of_2(chunks),
-        WIDTH=WIDTH,
-        num_warps=16,
+        **pick(TABLE, device, rows),
     )
     return thresholds

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ernie_engine.kernels import candidates, row_settings, top_filter
+from ernie_engine.kernels import candidates, launch, row_settings, top_filter
 from ernie_engine.kernels.row_settings import find_settings
 from ernie_engine.kernels.sampling import _keep_top
 from ernie_engine.kernels.top_filter import find_thresholds
@@ -17,7 +17,7 @@ def small_chunks(request, monkeypatch):
         monkeypatch.setattr(candidates, "CHUNK", 256)
         monkeypatch.setattr(candidates, "GROUP", 32)
         monkeypatch.setattr(top_filter, "CHUNK", 256)
-        monkeypatch.setattr(top_filter, "WIDTH", 32)
+        monkeypatch.setitem(top_filter.TABLE, (launch.DEFAULT, 256), {"WIDTH": 32, "num_warps": 4})
 
 
 def find(logits, *columns):
@@ -88,7 +88,7 @@ def test_equal_tokens_are_cut_where_the_share_is_exact(kernel_device):
 def test_a_flat_row_has_more_candidates_than_are_looked_at_together(kernel_device):
     logits = torch.randn(2, candidates.CHUNK + 100) * 0.01
     several, most = check(logits, kernel_device, top_p=[0.5, 0.999])
-    assert top_filter.WIDTH < several < most
+    assert 32 < several < most
 
 
 def test_more_choices_than_groups(kernel_device):

@@ -15,7 +15,7 @@ from triton.runtime.errors import OutOfResources
 from ernie_engine.bench.kernels.case import KernelCase
 from ernie_engine.bench.kernels.measure import find_problem, make_arguments
 from ernie_engine.bench.kernels.timing import Timer
-from ernie_engine.kernels import rms_norm, rope, router, swiglu, vocab_head
+from ernie_engine.kernels import rms_norm, rope, router, swiglu, top_filter, vocab_head
 from ernie_engine.kernels.launch import DEFAULT, architecture
 from ernie_engine.kernels.registry import IMPLEMENTATIONS
 
@@ -35,6 +35,7 @@ TUNABLE = {
     "rope_and_cache": Tunable(rope.TABLE, rope.CANDIDATES),
     "swiglu": Tunable(swiglu.TABLE, swiglu.CANDIDATES),
     "router": Tunable(router.TABLE, router.CANDIDATES),
+    "sample": Tunable(top_filter.TABLE, top_filter.CANDIDATES),
     "vocab_head": Tunable(vocab_head.TABLE, vocab_head.CANDIDATES),
 }
 
