@@ -2,9 +2,8 @@
 
     z = (logit - best logit) / temperature, and -inf where z < log(min_p)
 
-The bound of a row that has top-k or top-p: a z that every token reaches which these can keep. The
-k-th largest of the maxima of groups of tokens is at most the k-th largest token. With top-p alone,
-tokens of z < log((1 - p) / V) have less mass exp(z) than 1 - p together, the best alone has 1.
+The bound of a row with top-k is a z that every token reaches which top-k can keep: the k-th largest
+of the maxima of groups of tokens, for that is at most the k-th largest token.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -18,12 +17,12 @@ from torch import Tensor
 from ernie_engine.kernels.candidates import find_maxima
 from ernie_engine.kernels.ordering import FIRST_KEY, MAX_IDS, key_ids, key_values, kth_largest
 
-# A row's line, fp32. FLOOR is log(min_p); BOUND is infinite if the row has no top-k and no top-p.
+# A row's line, fp32. FLOOR is log(min_p). BOUND is infinite if the row has neither top-k nor top-p,
+# and minus infinity if every token may be kept.
 NUM_SETTINGS = 6
 TEMPERATURE, TOP_K, TOP_P, BEST, FLOOR, BOUND = (tl.constexpr(i) for i in range(NUM_SETTINGS))
 _LINE = tl.constexpr(NUM_SETTINGS)
 _MAX_IDS = tl.constexpr(MAX_IDS)
-_MARGIN = tl.constexpr(0.01)  # of the bound for top-p; fp32 is off by far less
 
 
 @triton.jit
@@ -54,7 +53,6 @@ def _settings_kernel(
     top_k_stride,
     top_p_stride,
     min_p_stride,
-    vocab_size,
     num_chunks,
     num_groups,
     CHUNKS: tl.constexpr,
@@ -72,16 +70,13 @@ def _settings_kernel(
     top_p = tl.load(top_ps + row * top_p_stride)
     floor = tl.log(tl.load(min_ps + row * min_p_stride).to(tl.float64)).to(tl.float32)
     bound = tl.full([], float("inf"), tl.float32)
-    if temperature > 0:
-        if top_k > num_groups:
-            bound = tl.full([], -float("inf"), tl.float32)
-        elif top_k > 0:
+    if temperature > 0 and (top_k > 0 or top_p < 1):
+        bound = tl.full([], -float("inf"), tl.float32)
+        if top_k > 0 and top_k <= num_groups:
             inside = groups < num_groups
             maxima = group_maxima + row * num_groups + groups
             values = tl.load(maxima, mask=inside, other=-float("inf"))
             bound = tl.div_rn(kth_largest(values, top_k) - best, temperature)
-        elif top_p < 1:
-            bound = tl.log((1.0 - top_p) / vocab_size) - _MARGIN
     line = settings + row * _LINE
     tl.store(line + TEMPERATURE, temperature)
     tl.store(line + TOP_K, top_k)
@@ -96,7 +91,7 @@ def find_settings(
 ) -> tuple[Tensor, Tensor]:
     """Arguments as sample's, logits contiguous -> (settings [R, NUM_SETTINGS] fp32, greedy token
     [R] int64)."""
-    rows, vocab_size = logits.shape
+    rows = len(logits)
     best_keys, group_maxima = find_maxima(logits)
     chunks, groups = best_keys.shape[1], group_maxima.shape[1]
     settings = torch.empty(rows, NUM_SETTINGS, dtype=torch.float32, device=logits.device)
@@ -104,7 +99,7 @@ def find_settings(
     columns = temperature, top_k, top_p, min_p
     _settings_kernel[(rows,)](
         *(best_keys, group_maxima, *columns, settings, greedy),
-        *(*(column.stride(0) for column in columns), vocab_size, chunks, groups),
+        *(*(column.stride(0) for column in columns), chunks, groups),
         CHUNKS=triton.next_power_of_2(chunks),
         GROUPS=triton.next_power_of_2(groups),
     )

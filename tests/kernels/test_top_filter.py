@@ -91,6 +91,20 @@ def test_a_flat_row_has_more_candidates_than_are_looked_at_together(kernel_devic
     assert 32 < several < most
 
 
+@pytest.mark.parametrize("filters", [{"top_k": 20}, {"top_p": 0.8}, {"top_p": 0.99}], ids=str)
+def test_few_tokens_are_candidates(kernel_device, monkeypatch, filters):
+    gathered, make = [], top_filter.empty_candidates
+
+    def record(*args):
+        gathered.append(make(*args))
+        return gathered[-1]
+
+    monkeypatch.setattr(top_filter, "empty_candidates", record)
+    check(torch.randn(1, 1000), kernel_device, **filters)
+    ((_, counts),) = gathered
+    assert counts.sum() <= (100 if "top_k" in filters else 300)
+
+
 def test_more_choices_than_groups(kernel_device):
     logits = torch.randn(1, candidates.CHUNK)
     groups = candidates.CHUNK // candidates.GROUP
