@@ -131,7 +131,7 @@ def select(kernels: str, device_type: str) -> Ops:
 
 
 def _parse(kernels: str, auto: str) -> dict[str, str]:
-    """ "triton,-linear" -> op -> implementation."""
+    """Words like those of "triton,-linear" -> op -> implementation."""
     first, *exceptions = (part.strip() for part in kernels.split(","))
     known = sorted({name for names in IMPLEMENTATIONS.values() for name in names})
     if first not in ("auto", *known):

@@ -62,7 +62,7 @@ def _add_rms_norm_kernel(
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [T, H], rows contiguous, weight [H] -> [T, H]."""
     rows, hidden = x.shape
-    assert x.stride(1) == 1 and weight.is_contiguous()
+    assert x.stride(1) == 1 and weight.is_contiguous() and x.dtype == weight.dtype
     y = torch.empty(rows, hidden, dtype=x.dtype, device=x.device)
     block, options = triton.next_power_of_2(hidden), pick(TABLE, x.device, hidden)
     _rms_norm_kernel[(rows,)](x, weight, y, x.stride(0), hidden, eps, BLOCK=block, **options)
@@ -75,6 +75,7 @@ def add_rms_norm_triton(
     """x, residual [T, H], rows contiguous, weight [H] -> (y [T, H], new residual [T, H])."""
     rows, hidden = x.shape
     assert x.stride(1) == 1 and residual.stride(1) == 1 and weight.is_contiguous()
+    assert x.dtype == residual.dtype == weight.dtype
     y, total = (torch.empty(rows, hidden, dtype=x.dtype, device=x.device) for _ in range(2))
     block, options = triton.next_power_of_2(hidden), pick(TABLE, x.device, hidden)
     strides = x.stride(0), residual.stride(0)

@@ -77,7 +77,7 @@ def _vocab_head_kernel(
 def vocab_head_triton(x: Tensor, weight: Tensor) -> Tensor:
     """x [R, H], weight [V, H], rows contiguous -> logits [R, V] fp32."""
     (num_rows, hidden), vocab_size = x.shape, weight.shape[0]
-    assert x.stride(1) == 1 and weight.stride(1) == 1
+    assert x.stride(1) == 1 and weight.stride(1) == 1 and x.dtype == weight.dtype
     logits = torch.empty(num_rows, vocab_size, dtype=torch.float32, device=x.device)
     options = dict(pick(TABLE, x.device, num_rows))
     inner = options.pop("K_BYTES") // x.element_size()
