@@ -23,14 +23,23 @@ ODD = RankShape(  # no size is a power of two or a multiple of one but the heads
     shared_width=51,
     head_dim=16,
 )
-NOT_LIGHT = ("token_counts", "apply_penalties", "sample", "token_logprobs", "decode_attention")
+ON_LOGITS = ("token_counts", "apply_penalties", "sample", "token_logprobs")
+# Contexts of decode cases are long: tests/kernels/test_attention.py has the odd ones.
+OF_A_LAYER = [op for op in KERNELS if op not in (*ON_LOGITS, "decode_attention")]
 
 
-@pytest.mark.parametrize("op", [op for op in KERNELS if op not in NOT_LIGHT])
+@pytest.mark.parametrize("op", OF_A_LAYER)
 @pytest.mark.parametrize("num_tokens", [1, 19])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_odd_sizes(kernel_device, op, num_tokens, dtype):
     check(CASES[op](ODD, num_tokens, dtype), torch.device(kernel_device))
+
+
+@pytest.mark.parametrize("op", ON_LOGITS)
+def test_the_whole_vocabulary(kernel_device, op):
+    cases = list(CASES[op](SHAPES["0.3B"], 1, torch.float32))
+    assert cases
+    check(cases, torch.device(kernel_device))
 
 
 @pytest.mark.gpu

@@ -3,13 +3,14 @@
 Rows see the whole vocabulary on every rank, so these depend on the number of rows alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
 from ernie_engine.bench.floors import Work
 from ernie_engine.bench.kernels.case import KernelCase
-from ernie_engine.bench.kernels.checking import same_bits
+from ernie_engine.bench.kernels.checking import Tensors, near_each, same_bits
 from ernie_engine.bench.kernels.shapes import SHAPES, VOCAB, RankShape
 
 MAX_ROWS = 256
@@ -51,7 +52,8 @@ def apply_penalties_cases(
         penalties = (torch.rand(tokens, device=device) + 0.5 for _ in range(3))
         return _logits(tokens, device), mask, counts, *penalties
 
-    yield KernelCase("apply_penalties", "", tokens, make, Work(tokens * VOCAB * 13, 0))
+    work = Work(tokens * VOCAB * 13, 0)
+    yield KernelCase("apply_penalties", "", tokens, make, work, same_bits)
 
 
 def sample_cases(shape: RankShape, tokens: int, dtype: torch.dtype) -> Iterator[KernelCase]:
@@ -81,7 +83,18 @@ def token_logprobs_cases(shape: RankShape, tokens: int, dtype: torch.dtype) -> I
             return _logits(tokens, device), ids, num_top
 
         label, work = f"top {num_top}", Work(tokens * VOCAB * 4, 0)
-        yield KernelCase("token_logprobs", label, tokens, make, work)
+        yield KernelCase("token_logprobs", label, tokens, make, work, same_scores)
+
+
+def same_scores(
+    arguments: Sequence[Any], out: Tensors, wide: Callable[[], Tensors], twin: Tensors
+) -> str | None:
+    """Ranks and ids equal to the twin's, log-probabilities as near as its own."""
+    logits, tokens, _ = arguments
+    exact = logits.double().log_softmax(dim=-1)
+    exact = exact.gather(1, tokens[:, None])[:, 0], twin[1], twin[2], exact.gather(1, twin[2])
+    problems = map(near_each, out, exact, twin)
+    return next((problem for problem in problems if problem), None)
 
 
 def _is_asked(shape: RankShape, tokens: int) -> bool:
