@@ -4,6 +4,7 @@ Owns every check of their values, and what "auto" and None mean, resolved once a
 Never imports torch; a config is never written after it was made.
 """
 
+import dataclasses
 import math
 import re
 from dataclasses import dataclass, fields
@@ -12,6 +13,10 @@ from ernie_engine.config import ModelConfig
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
+KERNELS_HELP = (
+    "implementations of the ops: torch, triton, or such as triton,-linear (that op in torch); "
+    "auto: what the environment variable ERNIE_KERNELS says, which any other value overrules"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +30,8 @@ class EngineConfig:
     dtype: str = "auto"  # of weights and activations; auto: the checkpoint's
     device: str = "auto"  # "cpu", "cuda" (the first), "cuda:N"; auto: a GPU if there is one
     load_format: str = "auto"  # auto: safetensors; dummy: random weights, for speed only
-    kernels: str = "auto"  # implementation of the ops, see kernels/registry.py
+    kernels: str = dataclasses.field(default="auto", metadata={"help": KERNELS_HELP})
+    log_kernels: bool = False  # count each op's calls and print them at the end
     max_model_len: int | None = None  # prompt and answer; None: the model's
     max_num_seqs: int = 256  # requests running at once
     max_num_batched_tokens: int | None = None  # a step's token budget

@@ -22,7 +22,7 @@ MAY_SEE = {
     "engine": {"config", "mind", "model", "parallel", "text"},
     "evals": {"engine", "text"},
     "cli": {"config"},
-    "bench": {"config", "engine", "mind", "text"},
+    "bench": {"config", "engine", "kernels", "mind", "text"},  # measures kernels, too
     "server": {"cli", "config", "engine", "framing", "mind", "text"},
     "testing": {"config", "text"},
     "scripts": {

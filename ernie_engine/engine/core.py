@@ -7,6 +7,7 @@ Python API (engine.py) and the HTTP server put text on top.
 import itertools
 import logging
 import secrets
+import sys
 from pathlib import Path
 
 from ernie_engine.config import ModelConfig
@@ -32,7 +33,9 @@ class EngineCore:
 
     def __init__(self, description: Description):
         self.config, self.model_config = description.config, description.model_config
-        self.ranks, self.num_kv_blocks = gather_ranks(description)
+        self.ranks, runner = gather_ranks(description)
+        self.num_kv_blocks, self.ops = runner.kv.num_blocks, runner.ops
+        self._calls_untold = self.config.log_kernels
         limits = Limits(
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
@@ -54,6 +57,9 @@ class EngineCore:
         if self.is_held:
             logger.error("a step waits for a lost rank, perhaps for ever: it is left alone")
         self.ranks.close(self.is_held)
+        if self._calls_untold:
+            self._calls_untold = False
+            print(self.ops.call_table(), file=sys.stderr)
 
 
 def make_intake(config: ResolvedConfig, model_config: ModelConfig) -> Intake:

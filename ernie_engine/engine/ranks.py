@@ -16,6 +16,7 @@ from ernie_engine.engine.children import Children
 from ernie_engine.engine.loop import EngineDeadError
 from ernie_engine.engine.rank import SelfReport, facts_of
 from ernie_engine.engine.stage import PendingFrame, Runner, Stage
+from ernie_engine.model.runner import ModelRunner
 from ernie_engine.model.startup import Description, open_model
 from ernie_engine.parallel.connect import (
     abort,
@@ -35,17 +36,17 @@ FAREWELL_SECONDS = 1.0  # for children to end by themselves once a rank is lost
 HELD_SECONDS = 5.0  # that start-up may be held by a collective after that
 
 
-def gather_ranks(description: Description) -> tuple["Alone | Fleet", int]:
-    """Open the model on all ranks; and how many K/V blocks there are. ValueError for what cannot
-    be served, EngineDeadError for a rank that does not come or is lost meanwhile."""
+def gather_ranks(description: Description) -> tuple["Alone | Fleet", ModelRunner]:
+    """Open the model on all ranks; and this rank's part of it. ValueError for what cannot be
+    served, EngineDeadError for a rank that does not come or is lost meanwhile."""
     if description.grid.size == 1:
         runner = open_model(description)
-        return Alone(runner, description.config.debug), runner.kv.num_blocks
+        return Alone(runner, description.config.debug), runner
     try:
         fleet = Fleet(description)
     except PeerLost as lost:
         raise EngineDeadError(str(lost)) from lost
-    return fleet, fleet.num_kv_blocks
+    return fleet, fleet.runner
 
 
 class Alone:
@@ -105,8 +106,7 @@ class Fleet:
                 raise
             raise failure from error
         self._is_open.set()
-        self.num_kv_blocks = runner.kv.num_blocks
-        self.stage = Stage(runner, config.debug)
+        self.runner, self.stage = runner, Stage(runner, config.debug)
         self._report.attach(self._mesh, self.stage, runner)
 
     def _alive(self, state: State) -> None:

@@ -72,7 +72,7 @@ class ModelRunner:
         max_steps_in_flight: int = 1,
         debug: bool = False,
     ):
-        self.model, self.state, self.kv, self.pipe = model, state, kv, pipe
+        self.model, self.ops, self.state, self.kv, self.pipe = model, ops, state, kv, pipe
         self.mesh, self.debug = pipe.mesh, debug
         self.sampler = Sampler(ops, state)
         self.promises = Promises(pipe, state, max_steps_in_flight)

@@ -18,7 +18,7 @@ from ernie_engine.config import ModelConfig, Shapes
 from ernie_engine.engine.plan import NewSlot, SamplingPart, SamplingSpec, StepPlan
 from ernie_engine.engine_config import EngineConfig, ResolvedConfig
 from ernie_engine.kernels.decode_attention import MAX_GATHERED_TOKENS
-from ernie_engine.kernels.registry import Ops, select
+from ernie_engine.kernels.registry import Ops, asked_for, select
 from ernie_engine.model.checkpoint import Checkpoint
 from ernie_engine.model.ernie import Ernie
 from ernie_engine.model.kv_cache import KVCache, KVGeometry
@@ -67,6 +67,7 @@ def describe(config: EngineConfig) -> Description:
     )
     if not world.is_launched:
         world = replace(world, size=grid.size, local_size=grid.size)
+    config = replace(config, kernels=asked_for(config.kernels))
     cuda = torch.cuda.is_available()
     resolved = config.resolve(
         model_config, cuda, tp=grid.tp, pp=grid.pp, local_rank=world.local_rank
@@ -101,6 +102,8 @@ def open_model(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     ops = select(config.kernels, device.type)
+    if config.log_kernels:
+        ops = ops.counted()
     place = Placement(mesh or Mesh(), getattr(torch, config.dtype), device)
     layers = deal_layers(model_config, place.mesh.pp_size)[place.mesh.pp_rank]
     model = Ernie(model_config, ops, place, config.max_model_len, layers)

@@ -177,4 +177,5 @@ class Info(TypedDict):
     system_fingerprint: str
     config: dict[str, Any]
     num_kv_blocks: int
+    kernels: dict[str, str]
     build: dict[str, str]

@@ -170,7 +170,9 @@ class Supervisor:
         """The exit status: 0 only after a drain that the front end has finished."""
         link, loop = self._front_end.link, self._core.loop
         link.start_reading(loop)
-        link.send(encode_json(READY, {"num_kv_blocks": self._core.num_kv_blocks}))
+        kernels = self._core.ops.implementations()
+        ready = {"num_kv_blocks": self._core.num_kv_blocks, "kernels": kernels}
+        link.send(encode_json(READY, ready))
         while not loop.is_dead and time.monotonic() < self._drains_until:
             event = self._next_event()
             if event is Event.SIGNAL:

@@ -5,7 +5,7 @@ Owns the admission of new work. Holds no request.
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -32,14 +32,15 @@ class FrontEnd:
         )
         self.served: ServedModel | None = None
         self.num_kv_blocks = 0
+        self.kernels: Mapping[str, str] = {}  # op -> implementation
         self.created = int(time.time())
         self.is_draining = False
         self.num_active = 0  # calls for answers, from their first byte to their last
         self._threads = ThreadPoolExecutor(TEXT_THREADS, "text")
 
-    def serve(self, served: ServedModel, num_kv_blocks: int) -> None:
+    def serve(self, served: ServedModel, num_kv_blocks: int, kernels: Mapping[str, str]) -> None:
         """From now on work is taken."""
-        self.served, self.num_kv_blocks = served, num_kv_blocks
+        self.served, self.num_kv_blocks, self.kernels = served, num_kv_blocks, kernels
         self.metrics.cache_config = {
             "block_size": str(served.config.block_size),
             "num_gpu_blocks": str(num_kv_blocks),

@@ -56,7 +56,7 @@ class Process:
         self._reader, self._front = reader, front
         loop = asyncio.get_running_loop()
         self._status: asyncio.Future[int] = loop.create_future()
-        self._num_kv_blocks: asyncio.Future[int] = loop.create_future()
+        self._ready: asyncio.Future[Mapping[str, Any]] = loop.create_future()
         self._deadline = float("inf")  # of draining
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -114,7 +114,7 @@ class Process:
         elif kind == STATE:
             self._front.client.take_state(decode_state(payload))
         elif kind == READY:
-            self._num_kv_blocks.set_result(decode_json(payload)["num_kv_blocks"])
+            self._ready.set_result(decode_json(payload))
         elif kind == DRAIN:
             self._start(self._drain(decode_drain(payload)))
         else:
@@ -129,7 +129,7 @@ class Process:
             logger.error("%s", error)
             self._end(1)
             return
-        front.serve(served, await self._num_kv_blocks)
+        front.serve(served, **await self._ready)
         print(banner(front.settings, served), flush=True)
 
     async def _drain(self, seconds: float) -> None:

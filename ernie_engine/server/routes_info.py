@@ -69,6 +69,7 @@ class InfoRoutes:
                 "system_fingerprint": served.fingerprint,
                 "config": config,
                 "num_kv_blocks": self._front.num_kv_blocks,
+                "kernels": self._front.kernels,
                 "build": {name: version(name) for name in _BUILD},
             }
         )

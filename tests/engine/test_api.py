@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from ernie_engine import EngineDeadError, SamplingParams
+from ernie_engine import Engine, EngineDeadError, SamplingParams
 from tests.tiny import open_engine, token_ids
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
@@ -275,3 +275,21 @@ def test_dummy_weights_need_only_a_config(tiny, tmp_path):
     (tmp_path / "config.json").symlink_to(tiny / "config.json")
     with open_engine(tmp_path, load_format="dummy") as engine:
         assert len(engine.generate([5, 6], GREEDY)[0].outputs[0].token_ids) == 12
+
+
+def test_calls_of_ops_are_told_at_the_end(tiny, monkeypatch, capsys):
+    monkeypatch.setenv("ERNIE_KERNELS", "torch")
+    engine = Engine(model=str(tiny), device="cpu", log_kernels=True)
+    assert engine.config.kernels == "torch"
+    engine.generate([5, 6, 7], SamplingParams(max_tokens=3, ignore_eos=True))
+    engine.close()
+    engine.close()
+    lines = [line.split() for line in capsys.readouterr().err.splitlines()]
+    assert lines.count(["embedding", "torch", "3"]) == 1
+    assert ["sample", "torch", "3"] in lines
+
+
+def test_a_bad_choice_of_kernels_in_the_environment_is_named(tiny, monkeypatch):
+    monkeypatch.setenv("ERNIE_KERNELS", "magic")
+    with pytest.raises(ValueError, match=r"ERNIE_KERNELS.*use one of"):
+        Engine(model=str(tiny), device="cpu")

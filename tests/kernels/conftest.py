@@ -1,21 +1,32 @@
 """What all tests of ops share: the cases, the comparison with fp64, poisoned memory.
 
 A test that takes an argument named as an op runs once for every (implementation, device) of
-that op, with `device` beside it, and for every dtype if it takes `dtype`; one that takes `ops`
-gets all ops of one implementation. A new one in the registry is tested with no change here.
+that op, with `device` beside it, and for every dtype if it takes `dtype` (for those of 16 bits if
+it takes `half`); one that takes `ops` gets all ops of one implementation. A new one in the registry
+needs a line in DTYPES. `kernel_device` is each device that Triton kernels run on, for what only
+they have. Without a GPU that is the CPU, under Triton's interpreter: they want small cases.
 """
 
 import pytest
 import torch
+from triton import knobs
 
 from ernie_engine.kernels.registry import IMPLEMENTATIONS, select
 
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
-DTYPES = {"torch": (torch.float64, *HALF_AND_SINGLE)}  # others: HALF_AND_SINGLE
+INTERPRETING = knobs.runtime.interpret  # set where there is no GPU: tests/conftest.py
 NEEDS_CUDA = (
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 )
+# (implementation, device) -> dtypes. Triton's interpreter rounds to bf16 wrongly and gets products
+# of bf16 wrong.
+DTYPES = {
+    ("torch", "cpu"): (torch.float64, *HALF_AND_SINGLE),
+    ("torch", "cuda"): (torch.float64, *HALF_AND_SINGLE),
+    ("triton", "cpu"): (torch.float32, torch.float16) if INTERPRETING else (),
+    ("triton", "cuda"): HALF_AND_SINGLE,
+}
 DEVICES = {"cpu": (), "cuda": NEEDS_CUDA}
 
 # Relative RMS error of a row against fp64: about one unit in the last place of the half types;
@@ -33,23 +44,30 @@ def implementations_of(argument):
     if argument != "ops":
         return IMPLEMENTATIONS[argument]
     complete = set.intersection(*(set(names) for names in IMPLEMENTATIONS.values()))
-    return {name: select(name, "cpu") for name in sorted(complete)}
+    return {name: select(name, "cuda") for name in sorted(complete)}
 
 
 def pytest_generate_tests(metafunc):
+    if "kernel_device" in metafunc.fixturenames:
+        on = [d for d in DEVICES if DTYPES["triton", d]]
+        metafunc.parametrize("kernel_device", [pytest.param(d, marks=DEVICES[d]) for d in on])
     wanted = [name for name in (*IMPLEMENTATIONS, "ops") if name in metafunc.fixturenames]
     if not wanted:
         return
     (argument,) = wanted
-    with_dtype = "dtype" in metafunc.fixturenames
+    types = [name for name in ("dtype", "half") if name in metafunc.fixturenames]
     cases = []
     for name, function in implementations_of(argument).items():
         for device, marks in DEVICES.items():
-            for dtype in DTYPES.get(name, HALF_AND_SINGLE) if with_dtype else [None]:
-                values = (function, device, dtype) if with_dtype else (function, device)
-                label = "-".join([name, device, *([str(dtype)[6:]] if with_dtype else [])])
+            for dtype in DTYPES[name, device]:
+                if types == ["half"] and dtype.itemsize != 2:
+                    continue
+                label = "-".join([name, device, *(str(dtype)[6:] for _ in types)])
+                values = (function, device, *(dtype for _ in types))
                 cases.append(pytest.param(*values, marks=marks, id=label))
-    metafunc.parametrize((argument, "device", "dtype")[: 2 + with_dtype], cases)
+                if not types:
+                    break
+    metafunc.parametrize((argument, "device", *types), cases)
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +101,12 @@ def poisoned_memory(monkeypatch):
 def randn(device, dtype):
     """Normal numbers in the case's dtype on its device; the same numbers on every device."""
     return lambda *shape: torch.randn(*shape).to(device, dtype)
+
+
+@pytest.fixture
+def few(request):
+    """few(n, some): n, but only `some` under the interpreter, where a row of logits takes long."""
+    return lambda n, some: some if "triton-cpu" in request.node.name else n
 
 
 @pytest.fixture

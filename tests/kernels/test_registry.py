@@ -4,7 +4,8 @@ import inspect
 import pytest
 import torch
 
-from ernie_engine.kernels.registry import AUTO, IMPLEMENTATIONS, Ops, select
+from ernie_engine.kernels import registry
+from ernie_engine.kernels.registry import AUTO, IMPLEMENTATIONS, Ops, asked_for, select
 
 
 def test_every_op_is_a_field_and_has_the_twin():
@@ -31,10 +32,77 @@ def test_ops_cannot_be_changed():
         select("auto", "cpu").linear = None
 
 
-@pytest.mark.parametrize("kernels", ["", "torhc", "torch,", "Torch"])
-def test_unknown_implementation_is_an_error_that_lists_what_exists(kernels):
-    with pytest.raises(ValueError, match=r"kernels=.*'auto', 'torch'"):
-        select(kernels, "cpu")
+ERRORS = [
+    ("", "use one of .*'auto', 'torch', 'triton'"),
+    ("torhc", "use one of .*'auto', 'torch', 'triton'"),
+    ("Torch", "use one of .*'auto', 'torch', 'triton'"),
+    ("-embedding", "use one of .*'auto', 'torch', 'triton'"),
+    ("torch,", "neither -OP nor OP=NAME"),
+    ("torch,embedding", "neither -OP nor OP=NAME"),
+    ("torch,-embeding", "no op 'embeding'; use one of .*'embedding'"),
+    (
+        "torch,embedding=cuda",
+        r"embedding has no implementation 'cuda': use one of \['torch', 'triton'\]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kernels", "message"), ERRORS)
+def test_what_cannot_be_chosen_is_an_error_that_names_the_choices(kernels, message):
+    with pytest.raises(ValueError, match=rf"kernels='{kernels}'.*ERNIE_KERNELS.*{message}"):
+        select(kernels, "cuda")
+
+
+def test_an_op_without_the_implementation_is_an_error(monkeypatch):
+    monkeypatch.setitem(IMPLEMENTATIONS, "linear", {"torch": torch.add})
+    with pytest.raises(
+        ValueError, match=r"linear has no implementation 'triton'.*'triton,-linear'"
+    ):
+        select("triton", "cuda")
+    assert select(kernels_that_exist() + ",-linear", "cuda").linear is torch.add
+
+
+def kernels_that_exist():
+    lacking = [op for op, names in IMPLEMENTATIONS.items() if "triton" not in names]
+    return ",-".join(["triton", *lacking])
+
+
+def test_single_ops_are_chosen():
+    names = select(kernels_that_exist() + ",-rms_norm", "cuda").implementations()
+    assert names["rms_norm"] == "torch"
+    assert names["add_rms_norm"] == names["swiglu"] == "triton"
+    names = select("torch, rms_norm=triton", "cuda").implementations()
+    assert [op for op, name in names.items() if name == "triton"] == ["rms_norm"]
+
+
+def test_kernels_on_a_cpu_need_the_interpreter(monkeypatch):
+    monkeypatch.setattr(registry.knobs.runtime, "interpret", False)
+    for kernels in ("torch,rms_norm=triton", kernels_that_exist()):
+        with pytest.raises(ValueError, match=r"need a GPU.*TRITON_INTERPRET.*'torch'"):
+            select(kernels, "cpu")
+    assert select("torch", "cpu").implementations()["rms_norm"] == "torch"
+
+
+def test_the_environment_counts_where_the_configuration_is_open(monkeypatch):
+    monkeypatch.delenv("ERNIE_KERNELS", raising=False)
+    assert asked_for("auto") == "auto"
+    monkeypatch.setenv("ERNIE_KERNELS", "torch,rms_norm=triton")
+    assert asked_for("auto") == "torch,rms_norm=triton"
+    assert asked_for("torch") == "torch"
+
+
+def test_calls_are_counted_by_op_if_asked():
+    plain = select("torch", "cpu")
+    ops = plain.counted()
+    for _ in range(3):
+        x = ops.swiglu(torch.ones(2, 4))
+    assert torch.equal(x, plain.swiglu(torch.ones(2, 4)))
+    assert ops.implementations() == plain.implementations()
+    lines = dict((line.split()[0], line.split()[1:]) for line in ops.call_table().splitlines())
+    assert lines.keys() == {"op", *IMPLEMENTATIONS}
+    assert lines["swiglu"] == ["torch", "3"]
+    assert lines["linear"] == ["torch", "0"]
+    assert plain.swiglu is IMPLEMENTATIONS["swiglu"]["torch"]  # costs nothing when it is off
 
 
 def test_unknown_device_is_an_error():

@@ -51,7 +51,7 @@ class InProcess:
         self.front = FrontEnd(settings, client, self.metrics)
         description = describe(EngineConfig(model=str(model), device="cpu"))
         told = describe_model(description.config, description.model_config)
-        self.front.serve(read_served_model(told), num_kv_blocks=256)
+        self.front.serve(read_served_model(told), num_kv_blocks=256, kernels={"linear": "torch"})
         self.app = make_app(self.front)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.http = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1")

@@ -309,5 +309,6 @@ def test_information(here):
 
     info, version, load = asyncio.run(play())
     assert info["config"]["max_model_len"] == 512 and info["version"] == version["version"]
+    assert info["kernels"] == {"linear": "torch"}
     assert info["num_kv_blocks"] == 256 and info["build"]["torch"] and info["system_fingerprint"]
     assert load == {"server_load": 0}

@@ -1,0 +1,81 @@
+"""Kernels at the sizes of the real models against their twins in fp64, and captured in a graph."""
+
+import pytest
+import torch
+
+from ernie_engine.bench.kernels.measure import find_problem, make_arguments
+from ernie_engine.bench.kernels.shapes import SHAPES, RankShape
+from ernie_engine.bench.kernels.table import CASES
+from ernie_engine.kernels.registry import IMPLEMENTATIONS
+
+KERNELS = [op for op, names in IMPLEMENTATIONS.items() if "triton" in names]
+ODD = RankShape(  # no size is a power of two or a multiple of one but the heads'
+    "odd",
+    hidden=70,
+    heads=6,
+    kv_heads=2,
+    dense_width=45,
+    vocab=301,
+    num_experts=7,
+    local_experts=7,
+    top_k=3,
+    expert_width=27,
+    shared_width=51,
+    head_dim=16,
+)
+ON_LOGITS = ("token_counts", "apply_penalties", "sample", "token_logprobs")
+# Contexts of decode cases are long: tests/kernels/test_attention.py has the odd ones.
+OF_A_LAYER = [op for op in KERNELS if op not in (*ON_LOGITS, "decode_attention")]
+
+
+@pytest.mark.parametrize("op", OF_A_LAYER)
+@pytest.mark.parametrize("num_tokens", [1, 19])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_odd_sizes(kernel_device, op, num_tokens, dtype):
+    check(CASES[op](ODD, num_tokens, dtype), torch.device(kernel_device))
+
+
+@pytest.mark.parametrize("op", ON_LOGITS)
+def test_the_whole_vocabulary(kernel_device, op):
+    cases = list(CASES[op](SHAPES["0.3B"], 1, torch.float32))
+    assert cases
+    check(cases, torch.device(kernel_device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("num_tokens", [1, 7, 64, 1000])
+@pytest.mark.parametrize("op", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_real_sizes(op, shape, num_tokens, dtype):
+    check(CASES[op](SHAPES[shape], num_tokens, dtype), torch.device("cuda"))
+
+
+def check(cases, device):
+    for case in cases:
+        functions = (IMPLEMENTATIONS[case.op][name] for name in ("triton", "torch"))
+        problem = find_problem(case, *functions, make_arguments(case, device))
+        assert problem is None, f"{case.label}: {problem}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", KERNELS)
+def test_a_captured_launch_reads_what_is_there_when_it_is_replayed(op):
+    case = next(iter(CASES[op](SHAPES["0.3B"], 3, torch.bfloat16)), None)
+    case = case or next(iter(CASES[op](SHAPES["21B tp4"], 3, torch.bfloat16)))
+    device, kernel = torch.device("cuda"), IMPLEMENTATIONS[op]["triton"]
+    arguments = make_arguments(case, device)
+    kernel(*arguments)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = kernel(*arguments)
+    torch.manual_seed(99)
+    for old, new in zip(arguments, case.make(device), strict=True):
+        if isinstance(old, torch.Tensor):
+            old.copy_(new)
+    graph.replay()
+    fresh = kernel(*arguments)
+    captured, fresh = (x if isinstance(x, tuple) else (x,) for x in (captured, fresh))
+    for replayed, expected in zip(captured, fresh, strict=True):
+        assert torch.equal(replayed, expected)
