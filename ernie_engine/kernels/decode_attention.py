@@ -5,13 +5,196 @@
 The same maths and arguments as prefill_attention; the shape of the work differs: here reading
 the cache is the cost. Never reads a slot beyond a row's context: blocks are reused and those
 slots may hold anything, NaN too.
+
+The kernel cuts each context into `SPLITS` ranges, a program each, or one long row would keep
+one program busy and the card idle. A range leaves its normalised values and the logarithm of
+its softmax's denominator; a second launch weighs them together, in order. Grids depend on the
+shapes of tensors alone: ranges that a short row does not fill end at once.
 """
+
+# pyright: reportArgumentType=false
+# (a launch gives ints where a kernel has constexprs)
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from ernie_engine.kernels.launch import DEFAULT, pick
+from ernie_engine.kernels.paged_attention import LOG2_E, attend
+
+# By rows x K/V heads, the number of programs before a context is split.
+LAUNCH = {
+    (DEFAULT, 16): {"SPLITS": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+    (DEFAULT, 128): {"SPLITS": 4, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+    (DEFAULT, 512): {"SPLITS": 1, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+    # Not measured yet: about four programs a multiprocessor at one row of 21B.
+    ("sm_90", 8): {"SPLITS": 64, "BLOCK_N": 32, "num_warps": 2, "num_stages": 3},
+    ("sm_90", 32): {"SPLITS": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+    ("sm_90", 128): {"SPLITS": 8, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+    ("sm_90", 512): {"SPLITS": 2, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+    ("sm_90", 1024): {"SPLITS": 1, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+}
+MERGED_AT_ONCE = 16  # splits; with one warp a thread holds their values in registers
+
 MAX_GATHERED_TOKENS = 1 << 18  # rows x longest context of one padded batch
+
+
+@triton.jit(do_not_specialize=["num_tokens", "table_width"])
+def _split_kernel(
+    q,
+    k_cache,
+    v_cache,
+    block_tables,
+    query_start,
+    context_lens,
+    values,
+    lse,
+    scale,
+    num_tokens,
+    table_width,
+    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """One row, K/V head and range of keys -> values [SPLITS, T, Hq, D], lse [SPLITS, T, Hq]."""
+    split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first_token = tl.load(query_start + row)
+    num_queries = tl.load(query_start + row + 1) - first_token
+    context = tl.load(context_lens + row)
+    if num_queries == 0:
+        return
+    m = tl.arange(0, BLOCK_M)
+    real = m < num_queries * GROUP
+    head = kv_head * GROUP + m % GROUP
+    pair = (first_token + m // GROUP).to(tl.int64) * (KV_HEADS * GROUP) + head
+    result = split.to(tl.int64) * num_tokens * (KV_HEADS * GROUP) + pair
+    per_split = tl.cdiv(tl.cdiv(context, BLOCK_N), SPLITS) * BLOCK_N
+    first = split * per_split
+    if first >= context:  # implies SPLITS > 1
+        tl.store(lse + result, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=real)
+        return
+    dims = tl.arange(0, HEAD_DIM)
+    q_tile = tl.load(q + pair[:, None] * HEAD_DIM + dims[None, :], mask=real[:, None], other=0)
+    acc, total, top = attend(
+        q_tile,
+        context - num_queries + m // GROUP,
+        tl.zeros([BLOCK_M, HEAD_DIM], tl.float32),
+        tl.zeros([BLOCK_M], tl.float32),
+        tl.full([BLOCK_M], float("-inf"), tl.float32),
+        k_cache,
+        v_cache,
+        block_tables + row * table_width,
+        kv_head,
+        first,
+        tl.minimum(first + per_split, context),
+        scale,
+        KV_HEADS,
+        HEAD_DIM,
+        BLOCK_SIZE,
+        BLOCK_N,
+        True,
+    )
+    # The first of several query tokens may see nothing of the last range: 0 / 0 must not be.
+    acc /= tl.where(total > 0, total, 1.0)[:, None]
+    places = values + result[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(places, acc.to(values.dtype.element_ty), mask=real[:, None])
+    if SPLITS > 1:
+        tl.store(lse + result, top + tl.log2(total), mask=real)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
+def _merge_kernel(
+    values,
+    lse,
+    query_start,
+    out,
+    num_tokens,
+    num_rows,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """One token and head: out = sum_s 2^(lse[s] - max lse) values[s] / sum_s 2^(...)."""
+    token, head = tl.program_id(0), tl.program_id(1)
+    if token >= tl.load(query_start + num_rows):  # padding: no program left values for it
+        return
+    pair = token.to(tl.int64) * HEADS + head
+    stride = num_tokens.to(tl.int64) * HEADS
+    top = tl.max(tl.load(lse + tl.arange(0, SPLITS) * stride + pair), 0)
+    dims = tl.arange(0, HEAD_DIM)
+    acc, total = tl.zeros([HEAD_DIM], tl.float32), 0.0
+    for start in tl.static_range(0, SPLITS, AT_ONCE):
+        results = (start + tl.arange(0, AT_ONCE)) * stride + pair
+        parts = tl.load(lse + results)
+        weights = tl.exp2(parts - top)
+        # An empty range has written no values: what stands there may be NaN.
+        filled = parts > float("-inf")
+        tile = values + results[:, None] * HEAD_DIM + dims[None, :]
+        acc += tl.sum(weights[:, None] * tl.load(tile, mask=filled[:, None], other=0.0), 0)
+        total += tl.sum(weights, 0)
+    tl.store(out + pair * HEAD_DIM + dims, (acc / total).to(out.dtype.element_ty))
+
+
+def decode_attention_triton(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    max_query_len: int,
+) -> Tensor:
+    """As the twin, all tensors contiguous (block_tables: its rows). D and block_size are powers
+    of two, D at least 16. Tokens from query_start[R] on are padding and left unwritten."""
+    (num_tokens, num_heads, head_dim), num_rows = q.shape, len(context_lens)
+    block_size, kv_heads = k_cache.shape[1:3]
+    out = torch.empty_like(q)
+    if num_tokens == 0:
+        return out
+    assert q.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()
+    assert block_tables.stride(1) == 1 or block_tables.shape[1] == 1
+    launch = dict(pick(LAUNCH, q.device, num_rows * kv_heads))
+    splits, group = launch["SPLITS"], num_heads // kv_heads
+    partial = {"dtype": torch.float32, "device": q.device}
+    lse = torch.empty(splits, num_tokens, num_heads, **partial)
+    values = out if splits == 1 else torch.empty(splits, *q.shape, **partial)
+    _split_kernel[splits, kv_heads, num_rows](
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        query_start,
+        context_lens,
+        values,
+        lse,
+        scale * LOG2_E,
+        num_tokens,
+        block_tables.stride(0),
+        GROUP=group,
+        KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        BLOCK_M=max(16, triton.next_power_of_2(group * max_query_len)),
+        **launch,
+    )
+    if splits > 1:
+        _merge_kernel[num_tokens, num_heads](
+            *(values, lse, query_start, out, num_tokens, num_rows),
+            HEADS=num_heads,
+            HEAD_DIM=head_dim,
+            SPLITS=splits,
+            AT_ONCE=min(splits, MERGED_AT_ONCE),
+            num_warps=1,
+        )
+    return out
 
 
 def _gather_context(cache: Tensor, block_tables: Tensor, token: Tensor) -> Tensor:
@@ -76,4 +259,6 @@ def decode_attention_torch(
     return out
 
 
-IMPLEMENTATIONS = {"decode_attention": {"torch": decode_attention_torch}}
+IMPLEMENTATIONS = {
+    "decode_attention": {"triton": decode_attention_triton, "torch": decode_attention_torch}
+}
