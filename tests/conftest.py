@@ -7,6 +7,11 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Without a GPU the kernels run under Triton's interpreter. Triton looks when a kernel is defined,
+# so this stands before anything that imports it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from tests.tiny import write_tiny
 
 torch.set_num_threads(1)  # tensors are tiny here; more threads only wait for each other

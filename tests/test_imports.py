@@ -21,7 +21,13 @@ MAY_SEE = {
     "engine": {"config", "mind", "model", "text"},
     "evals": {"engine", "text"},
     "cli": {"config"},
-    "bench": {"config", "engine", "mind", "text"},
+    "bench": {
+        "config",
+        "engine",
+        "kernels",
+        "mind",
+        "text",
+    },  # measures kernels, too
     "server": {"cli", "config", "engine", "mind", "text"},
     "testing": {"config", "text"},
     "scripts": {"bench", "cli", "config", "engine", "mind", "evals", "server", "testing", "text"},

@@ -4,10 +4,12 @@ A choice is made once and handed on as an `Ops`. Never changes it later, and nev
 implementation that was asked for by another: what does not exist is an error.
 """
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
+from triton import knobs
 
 from ernie_engine.kernels import (
     decode_attention,
@@ -46,6 +48,43 @@ class Ops:
     sample: Callable[..., Tensor]
     token_logprobs: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
+    def implementations(self) -> dict[str, str]:
+        """op -> the name of what runs."""
+        return {op: _name_of(op, function) for op, function in self._functions().items()}
+
+    def counted(self) -> "Ops":
+        """The same, counting calls. A captured CUDA graph counts once, however often it runs."""
+        return replace(self, **{op: Counted(f) for op, f in self._functions().items()})
+
+    def call_table(self) -> str:
+        """op, implementation and calls, a line each; of counted() ops."""
+        names = self.implementations()
+        lines = [
+            f"{op:<18} {names[op]:<8} {function.calls:>10}"
+            for op, function in self._functions().items()
+            if isinstance(function, Counted)
+        ]
+        return "\n".join([f"{'op':<18} {'runs':<8} {'calls':>10}", *lines])
+
+    def _functions(self) -> dict[str, Callable]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+class Counted:
+    """An op that knows how often it was called."""
+
+    def __init__(self, function: Callable):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        return self.function(*args, **kwargs)
+
+
+def _name_of(op: str, function: Callable) -> str:
+    plain = function.function if isinstance(function, Counted) else function
+    return next(name for name, known in IMPLEMENTATIONS[op].items() if known is plain)
+
 
 # op -> implementation -> function
 IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
@@ -64,18 +103,63 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     **logprobs.IMPLEMENTATIONS,
 }
 
-AUTO = {"cpu": "torch", "cuda": "torch"}  # device type -> the implementation "auto" stands for
+# Device type -> the implementation "auto" stands for. On a GPU the kernels take over here, once
+# they were proven on one.
+AUTO = {"cpu": "torch", "cuda": "torch"}
+VARIABLE = "ERNIE_KERNELS"  # what "auto" means instead, if set
+SYNTAX = "NAME for all ops, then -OP for torch instead or OP=NAME; such as 'triton,-linear'"
 
 
 def select(kernels: str, device_type: str) -> Ops:
-    """The ops that `kernels` names ("auto" or an implementation) for "cpu" or "cuda".
+    """The ops that `kernels` names for "cpu" or "cuda"; "auto" leaves it to ERNIE_KERNELS.
 
-    Raises ValueError for a name that does not exist.
+    Raises ValueError for what does not exist or cannot run there.
     """
     if device_type not in AUTO:
         raise ValueError(f"device={device_type!r}: use one of {sorted(AUTO)}")
-    name = AUTO[device_type] if kernels == "auto" else kernels
-    known = {name for implementations in IMPLEMENTATIONS.values() for name in implementations}
+    source = "kernels"
+    if kernels == "auto":
+        source, kernels = VARIABLE, os.environ.get(VARIABLE) or "auto"
+    try:
+        chosen = _parse(kernels, AUTO[device_type])
+        _check_runnable(chosen, device_type)
+        return Ops(**{op: _find(op, name) for op, name in chosen.items()})
+    except ValueError as error:
+        raise ValueError(f"{source}={kernels!r}: {error}") from None
+
+
+def _parse(kernels: str, auto: str) -> dict[str, str]:
+    """ "triton,-linear" -> op -> implementation."""
+    first, *exceptions = (part.strip() for part in kernels.split(","))
+    known = sorted({name for names in IMPLEMENTATIONS.values() for name in names})
+    if first not in ("auto", *known):
+        raise ValueError(f"use one of {['auto', *known]}; {SYNTAX}")
+    chosen = dict.fromkeys(IMPLEMENTATIONS, auto if first == "auto" else first)
+    for exception in exceptions:
+        op, name = exception.removeprefix("-"), "torch"
+        if not exception.startswith("-"):
+            op, is_pair, name = exception.partition("=")
+            if not is_pair:
+                raise ValueError(f"{exception!r} is neither -OP nor OP=NAME; {SYNTAX}")
+        if op not in chosen:
+            raise ValueError(f"there is no op {op!r}; use one of {list(chosen)}")
+        chosen[op] = name
+    return chosen
+
+
+def _check_runnable(chosen: dict[str, str], device_type: str) -> None:
+    if device_type == "cpu" and "triton" in chosen.values() and not knobs.runtime.interpret:
+        raise ValueError(
+            "Triton kernels need a GPU (or TRITON_INTERPRET=1, for tests); "
+            "use 'torch' with device='cpu'"
+        )
+
+
+def _find(op: str, name: str) -> Callable:
+    known = IMPLEMENTATIONS[op]
     if name not in known:
-        raise ValueError(f"kernels={kernels!r}: use one of {['auto', *sorted(known)]}")
-    return Ops(**{op: implementations[name] for op, implementations in IMPLEMENTATIONS.items()})
+        raise ValueError(
+            f"{op} has no implementation {name!r}: use one of {sorted(known)} for it, "
+            f"as in '{name},-{op}'"
+        )
+    return known[name]

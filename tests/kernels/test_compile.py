@@ -1,0 +1,39 @@
+"""Every Triton kernel compiles for an A800 and an H200 and fits their shared memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ernie_engine.bench.kernels.table import CASES
+from ernie_engine.kernels.registry import IMPLEMENTATIONS
+
+SCRIPT = Path(__file__).with_name("compile_kernels.py")
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # what a block may have
+
+
+def compile_kernels(*ops):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(SCRIPT.parents[2])
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *ops], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_every_op_has_cases():
+    assert list(CASES) == list(IMPLEMENTATIONS)
+
+
+@pytest.mark.timeout(600)
+def test_every_kernel_compiles_and_fits():
+    kernels = compile_kernels()
+    found = {(kernel["op"], kernel["arch"]) for kernel in kernels}
+    with_kernels = [op for op, names in IMPLEMENTATIONS.items() if "triton" in names]
+    assert found >= {(op, arch) for op in with_kernels for arch in SHARED_BYTES}
+    too_large = [k for k in kernels if k["shared"] > SHARED_BYTES[k["arch"]]]
+    assert not too_large
