@@ -25,7 +25,7 @@ from ernie_engine.kernels.launch import DEFAULT, pick
 from ernie_engine.kernels.paged_attention import LOG2_E, attend
 
 # By rows x K/V heads, the number of programs before a context is split.
-LAUNCH = {
+TABLE = {
     (DEFAULT, 16): {"SPLITS": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     (DEFAULT, 128): {"SPLITS": 4, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     (DEFAULT, 512): {"SPLITS": 1, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
@@ -161,7 +161,7 @@ def decode_attention_triton(
         return out
     assert q.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()
     assert block_tables.stride(1) == 1 or block_tables.shape[1] == 1
-    launch = dict(pick(LAUNCH, q.device, num_rows * kv_heads))
+    launch = dict(pick(TABLE, q.device, num_rows * kv_heads))
     splits, group = launch["SPLITS"], num_heads // kv_heads
     partial = {"dtype": torch.float32, "device": q.device}
     lse = torch.empty(splits, num_tokens, num_heads, **partial)

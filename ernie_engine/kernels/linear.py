@@ -25,7 +25,7 @@ from ernie_engine.kernels.launch import DEFAULT, pick
 MAX_TOKENS = 64
 
 # By tokens. Not measured yet.
-LAUNCH = {
+TABLE = {
     (DEFAULT, 16): {"BLOCK_N": 32, "BLOCK_M": 16, "BLOCK_K": 128, "num_warps": 2, "num_stages": 3},
     (DEFAULT, 32): {"BLOCK_N": 32, "BLOCK_M": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3},
     (DEFAULT, 64): {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
@@ -34,7 +34,7 @@ LAUNCH = {
     ("sm_90", 64): {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
 }
 # Products of fp32 run without tensor cores: tiles of operands must fit into registers.
-LAUNCH_FP32 = {
+TABLE_FP32 = {
     (DEFAULT, 64): {"BLOCK_N": 32, "BLOCK_M": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
 }
 SPLIT_ROWS, SPLIT_PROGRAMS, SPLIT_MIN_K = 32, 128, 256  # see num_splits
@@ -102,7 +102,7 @@ def small_linear(x: Tensor, weight: Tensor) -> Tensor:
     y = x.new_empty(num_tokens, num_rows)
     if y.numel() == 0:
         return y
-    launch = pick(LAUNCH_FP32 if x.dtype == torch.float32 else LAUNCH, x.device, num_tokens)
+    launch = pick(TABLE_FP32 if x.dtype == torch.float32 else TABLE, x.device, num_tokens)
     splits = num_splits(num_rows, inner)
     shape = splits, num_tokens, num_rows
     parts = y if splits == 1 else torch.empty(shape, dtype=torch.float32, device=x.device)

@@ -17,13 +17,13 @@ from ernie_engine.kernels.launch import DEFAULT, pick
 
 # By tokens. Not measured yet. BLOCK: output rows of a program (of gate and of up each, in the
 # first launch); BLOCK_K: columns read at once; STAGES: loads in flight.
-GATE_UP_LAUNCH = {
+GATE_UP_TABLE = {
     (DEFAULT, 8): {"BLOCK": 8, "BLOCK_K": 256, "STAGES": 3, "num_warps": 4},
     ("sm_90", 8): {"BLOCK": 8, "BLOCK_K": 512, "STAGES": 4, "num_warps": 4},
 }
-DOWN_LAUNCH = {
+DOWN_TABLE = {
     (DEFAULT, 8): {"BLOCK": 8, "BLOCK_K": 256, "STAGES": 2, "num_warps": 4},
-    ("sm_90", 8): {"BLOCK": 8, "BLOCK_K": 512, "STAGES": 2, "num_warps": 4},
+    ("sm_90", 8): {"BLOCK": 8, "BLOCK_K": 512, "STAGES": 3, "num_warps": 4},
 }
 
 
@@ -31,7 +31,7 @@ DOWN_LAUNCH = {
 def silu_product(gate, up, DTYPE: tl.constexpr):
     """swiglu of two fp32 sums with the twin's roundings: both sums, the silu, the product."""
     gate = gate.to(DTYPE).to(tl.float32)
-    silu = (gate / (1.0 + tl.exp(-gate))).to(DTYPE).to(tl.float32)
+    silu = tl.div_rn(gate, 1.0 + tl.exp(-gate)).to(DTYPE).to(tl.float32)
     return (silu * up.to(DTYPE).to(tl.float32)).to(DTYPE)
 
 
@@ -58,16 +58,15 @@ def _gate_up_kernel(
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     # Rows outside are read twice instead of masked; only the store needs a mask.
     gate_rows = gate_up + (expert * (2 * I) + tl.minimum(row, I - 1))[:, None] * H
-    # x as a tile whose rows are all the same: a vector would have to change hands between threads.
-    x_rows = x + entry // TOP_K * H + tl.zeros([BLOCK, 1], tl.int32)
+    x_row = x + entry // TOP_K * H
     gate = tl.zeros([BLOCK, BLOCK_K], tl.float32)
     up = tl.zeros([BLOCK, BLOCK_K], tl.float32)
     for start in tl.range(0, H, BLOCK_K, num_stages=STAGES):
-        k = start + tl.arange(0, BLOCK_K)[None, :]
-        inside = k < H
-        x_tile = tl.load(x_rows + k, mask=inside, other=0.0).to(tl.float32)
-        gate += tl.load(gate_rows + k, mask=inside, other=0.0).to(tl.float32) * x_tile
-        up += tl.load(gate_rows + I * H + k, mask=inside, other=0.0).to(tl.float32) * x_tile
+        k = start + tl.arange(0, BLOCK_K)
+        x_part = tl.load(x_row + k, mask=k < H, other=0.0).to(tl.float32)[None, :]
+        k = k[None, :]
+        gate += tl.load(gate_rows + k, mask=k < H, other=0.0).to(tl.float32) * x_part
+        up += tl.load(gate_rows + I * H + k, mask=k < H, other=0.0).to(tl.float32) * x_part
     y = silu_product(tl.sum(gate, 1), tl.sum(up, 1), hidden.dtype.element_ty)
     tl.store(hidden + entry.to(tl.int64) * I + row, y, mask=row < I)
 
@@ -99,13 +98,13 @@ def _down_kernel(
         expert = tl.load(ids + entry) - first_expert
         ours = (expert >= 0) & (expert < NUM_EXPERTS)
         down_rows = down + (expert * H + read)[:, None] * I
-        hidden_rows = hidden + entry * I + tl.zeros([BLOCK, 1], tl.int32)
         acc = tl.zeros([BLOCK, BLOCK_K], tl.float32)
         for start in tl.static_range(0, I, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)[None, :]
+            k = start + tl.arange(0, BLOCK_K)
             inside = ours & (k < I)
-            hidden_tile = tl.load(hidden_rows + k, mask=inside, other=0.0).to(tl.float32)
-            acc += tl.load(down_rows + k, mask=inside, other=0.0).to(tl.float32) * hidden_tile
+            part = tl.load(hidden + entry * I + k, mask=inside, other=0.0).to(tl.float32)[None, :]
+            k, inside = k[None, :], inside[None, :]
+            acc += tl.load(down_rows + k, mask=inside, other=0.0).to(tl.float32) * part
         y = tl.sum(acc, 1).to(out.dtype.element_ty).to(tl.float32)
         weighted = (y * tl.load(weights + entry).to(tl.float32)).to(out.dtype.element_ty)
         total += tl.where(ours, weighted.to(tl.float32), 0.0)
@@ -120,10 +119,10 @@ def moe_experts_few(
     num_experts, _, width = down.shape
     shape = {"NUM_EXPERTS": num_experts, "TOP_K": top_k, "H": hidden_size, "I": width}
     hidden, out = x.new_empty(ids.numel(), width), torch.empty_like(x)
-    launch = pick(GATE_UP_LAUNCH, x.device, num_tokens)
+    launch = pick(GATE_UP_TABLE, x.device, num_tokens)
     grid = triton.cdiv(width, launch["BLOCK"]), ids.numel()
     _gate_up_kernel[grid](x, gate_up, ids, hidden, first_expert, **shape, **launch)
-    launch = pick(DOWN_LAUNCH, x.device, num_tokens)
+    launch = pick(DOWN_TABLE, x.device, num_tokens)
     grid = triton.cdiv(hidden_size, launch["BLOCK"]), num_tokens
     _down_kernel[grid](hidden, down, weights, ids, out, first_expert, **shape, **launch)
     return out

@@ -25,7 +25,7 @@ from ernie_engine.kernels.launch import DEFAULT, pick
 from ernie_engine.kernels.moe_few import silu_product
 
 # By tokens, not measured yet. BLOCK_M: entries of a tile, of one size for both products.
-TILE = {
+TILE_TABLE = {
     (DEFAULT, 64): {"BLOCK_M": 16},
     (DEFAULT, 256): {"BLOCK_M": 32},
     (DEFAULT, 1 << 20): {"BLOCK_M": 64},
@@ -35,14 +35,14 @@ TILE = {
     ("sm_90", 1 << 20): {"BLOCK_M": 128},
 }
 # By BLOCK_M. BLOCK_N: weight rows of a program (of gate and of up each, in the first product).
-GATE_UP_LAUNCH = {
+GATE_UP_TABLE = {
     (DEFAULT, 32): {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
     (DEFAULT, 64): {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
     ("sm_90", 32): {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
     ("sm_90", 64): {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
     ("sm_90", 128): {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4},
 }
-DOWN_LAUNCH = {
+DOWN_TABLE = {
     (DEFAULT, 32): {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
     (DEFAULT, 64): {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
     ("sm_90", 32): {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
@@ -50,8 +50,8 @@ DOWN_LAUNCH = {
     ("sm_90", 128): {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4},
 }
 # Products of fp32 run without tensor cores: tiles of operands must fit into registers.
-TILE_FP32 = {(DEFAULT, 1 << 20): {"BLOCK_M": 16}}
-LAUNCH_FP32 = {
+TILE_TABLE_FP32 = {(DEFAULT, 1 << 20): {"BLOCK_M": 16}}
+TABLE_FP32 = {
     (DEFAULT, 16): {"BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
 }
 SORT_BLOCK = 2048  # entries that a program of the sort looks at together
@@ -249,18 +249,18 @@ def moe_experts_grouped(
     (num_tokens, hidden_size), top_k = x.shape, ids.shape[1]
     num_experts, _, width = down.shape
     wide = x.dtype == torch.float32
-    block_m = pick(TILE_FP32 if wide else TILE, x.device, num_tokens)["BLOCK_M"]
+    block_m = pick(TILE_TABLE_FP32 if wide else TILE_TABLE, x.device, num_tokens)["BLOCK_M"]
     tiles = sort_by_expert(ids, num_experts, first_expert, block_m)
     num_tiles = tiles.bounds.shape[1]
     shape = {"H": hidden_size, "I": width, "BLOCK_M": block_m}
 
     hidden = x.new_empty(ids.numel(), width)
-    launch = pick(LAUNCH_FP32 if wide else GATE_UP_LAUNCH, x.device, block_m)
+    launch = pick(TABLE_FP32 if wide else GATE_UP_TABLE, x.device, block_m)
     grid = triton.cdiv(width, launch["BLOCK_N"]), num_tiles
     _gate_up_kernel[grid](x, gate_up, *tiles, hidden, num_tiles, TOP_K=top_k, **shape, **launch)
 
     products = x.new_empty(ids.numel(), hidden_size)
-    launch = pick(LAUNCH_FP32 if wide else DOWN_LAUNCH, x.device, block_m)
+    launch = pick(TABLE_FP32 if wide else DOWN_TABLE, x.device, block_m)
     grid = triton.cdiv(hidden_size, launch["BLOCK_N"]), num_tiles
     _down_kernel[grid](hidden, down, weights, *tiles, products, num_tiles, **shape, **launch)
 

@@ -23,14 +23,14 @@ from ernie_engine.kernels.launch import DEFAULT, pick
 from ernie_engine.kernels.paged_attention import LOG2_E, attend
 
 # By query tokens of the batch.
-LAUNCH = {
+TABLE = {
     (DEFAULT, 1 << 20): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     # Not measured yet: the tiles that Triton's own example of flash attention favours.
     ("sm_90", 256): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
     ("sm_90", 1 << 20): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
 }
 # Products of fp32 run without tensor cores: tiles of operands must fit into registers.
-LAUNCH_FP32 = {
+TABLE_FP32 = {
     (DEFAULT, 1 << 20): {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
 }
 
@@ -144,7 +144,7 @@ def prefill_attention_triton(
         return out
     assert q.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()
     assert block_tables.stride(1) == 1 or block_tables.shape[1] == 1
-    table = LAUNCH_FP32 if q.dtype == torch.float32 else LAUNCH
+    table = TABLE_FP32 if q.dtype == torch.float32 else TABLE
     launch, group = pick(table, q.device, num_tokens), num_heads // kv_heads
     num_tiles = num_tokens // (launch["BLOCK_M"] // group) + num_rows
     _prefill_kernel[kv_heads, num_tiles](
