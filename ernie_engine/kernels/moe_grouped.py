@@ -54,7 +54,11 @@ TILE_TABLE_FP32 = {(DEFAULT, 1 << 20): {"BLOCK_M": 16}}
 TABLE_FP32 = {
     (DEFAULT, 16): {"BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
 }
-SORT_BLOCK = 2048  # entries that a program of the sort looks at together
+# By entries. BLOCK: those that a program looks at together.
+SORT_TABLE = {
+    (DEFAULT, 1024): {"BLOCK": 1024, "num_warps": 4},
+    (DEFAULT, 1 << 20): {"BLOCK": 4096, "num_warps": 8},
+}
 SUM_BLOCK = 1024  # columns of a program of the sum
 
 
@@ -121,9 +125,10 @@ def sort_by_expert(ids: Tensor, num_experts: int, first_expert: int, block_m: in
     num_tiles = num_entries // block_m + num_experts
     order = torch.empty(num_entries, dtype=torch.int32, device=ids.device)
     bounds = torch.empty(3, num_tiles, dtype=torch.int32, device=ids.device)
-    block = min(SORT_BLOCK, triton.next_power_of_2(num_entries))
     _sort_kernel[(num_experts,)](
-        *(ids, order, bounds, num_entries, num_tiles, first_expert), BLOCK_M=block_m, BLOCK=block
+        *(ids, order, bounds, num_entries, num_tiles, first_expert),
+        BLOCK_M=block_m,
+        **pick(SORT_TABLE, ids.device, num_entries),
     )
     return Tiles(order, bounds)
 

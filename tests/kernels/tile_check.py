@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 MARGIN = 1.5
 ROWS, COLUMNS = 16, 32  # no larger than a tile of any kernel
-# What a perfect kernel may be off by where the twin happens to be exact: half a unit.
-HALF_UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12}
+# What a kernel may be off by where the twin happens to be exact: half a unit in the half types;
+# some in fp32, whose sums are not wider than itself.
+FLOOR = {torch.float32: 2**-22, torch.bfloat16: 2**-9, torch.float16: 2**-12}
 
 half_and_single = pytest.mark.parametrize(
     "dtype",
@@ -40,10 +41,10 @@ def assert_as_near_as_twin(out, twin, exact):
     """out, twin in one dtype, exact in fp64, equal shapes; all but the last dim are rows."""
     assert out.dtype == twin.dtype and exact.dtype == torch.float64
     assert out.shape == twin.shape == exact.shape
-    half_unit = HALF_UNIT[out.dtype]
+    floor = FLOOR[out.dtype]
     out, twin, exact = (t.double().cpu().reshape(-1, t.shape[-1]) for t in (out, twin, exact))
     size, theirs = _norms(exact), _norms(twin - exact)
     usual = theirs.square().sum().sqrt() / size.square().sum().sqrt()  # over all tiles
-    limit = MARGIN * torch.maximum(theirs, size * usual.clamp(min=half_unit))
+    limit = MARGIN * torch.maximum(theirs, size * usual.clamp(min=floor))
     error = _norms(out - exact)
     assert (error <= limit).all(), f"worst tile: {(error / limit).max():.2f} x the limit"
