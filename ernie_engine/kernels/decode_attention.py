@@ -30,11 +30,17 @@ TABLE = {
     (DEFAULT, 128): {"SPLITS": 4, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     (DEFAULT, 512): {"SPLITS": 1, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     # Not measured yet: about four programs a multiprocessor at one row of 21B.
-    ("sm_90", 8): {"SPLITS": 64, "BLOCK_N": 32, "num_warps": 2, "num_stages": 3},
+    ("sm_90", 8): {"SPLITS": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3},
     ("sm_90", 32): {"SPLITS": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
     ("sm_90", 128): {"SPLITS": 8, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
     ("sm_90", 512): {"SPLITS": 2, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
     ("sm_90", 1024): {"SPLITS": 1, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+}
+# Products of fp32 run without tensor cores: tiles of operands must fit into registers.
+TABLE_FP32 = {
+    (DEFAULT, 16): {"SPLITS": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
+    (DEFAULT, 128): {"SPLITS": 4, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
+    (DEFAULT, 512): {"SPLITS": 1, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
 }
 MERGED_AT_ONCE = 16  # splits; with one warp a thread holds their values in registers
 
@@ -161,7 +167,8 @@ def decode_attention_triton(
         return out
     assert q.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()
     assert block_tables.stride(1) == 1 or block_tables.shape[1] == 1
-    launch = dict(pick(TABLE, q.device, num_rows * kv_heads))
+    table = TABLE_FP32 if q.dtype == torch.float32 else TABLE
+    launch = pick(table, q.device, num_rows * kv_heads)
     splits, group = launch["SPLITS"], num_heads // kv_heads
     partial = {"dtype": torch.float32, "device": q.device}
     lse = torch.empty(splits, num_tokens, num_heads, **partial)

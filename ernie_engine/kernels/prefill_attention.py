@@ -31,7 +31,7 @@ TABLE = {
 }
 # Products of fp32 run without tensor cores: tiles of operands must fit into registers.
 TABLE_FP32 = {
-    (DEFAULT, 1 << 20): {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    (DEFAULT, 1 << 20): {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
 }
 
 MAX_MASK_ELEMENTS = 1 << 26  # query tokens x context tokens of one masked product
