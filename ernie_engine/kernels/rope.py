@@ -10,8 +10,25 @@ halves). Angles are fp32 products and must stay so: at far positions the referen
 the true angle by its own rounding, and a better angle would be another model.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false
+# (a launch gives ints where a kernel has constexprs, and options that it does not have)
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from ernie_engine.kernels.launch import DEFAULT, pick
+
+# By the number of tokens; HEADS of q, or of k and v, to a program.
+TABLE = {
+    (DEFAULT, 64): {"HEADS": 1, "num_warps": 1},
+    (DEFAULT, 1024): {"HEADS": 4, "num_warps": 2},
+    (DEFAULT, 16384): {"HEADS": 8, "num_warps": 4},
+}
+CANDIDATES = [
+    {"HEADS": heads, "num_warps": warps} for heads in (1, 2, 4, 8, 16) for warps in (1, 2, 4)
+]
 
 
 def rope_table(max_len: int, head_dim: int, theta: float, device: torch.device | str) -> Tensor:
@@ -23,6 +40,89 @@ def rope_table(max_len: int, head_dim: int, theta: float, device: torch.device |
     inv_freq = 1.0 / (theta**exponents)  # [D / 2]
     angles = torch.arange(max_len, dtype=torch.float32, device="cpu")[:, None] * inv_freq
     return torch.cat((angles.cos(), angles.sin()), dim=-1).to(device)
+
+
+@triton.jit
+def _rotated(x, cos, sin, HEADS: tl.constexpr, DIM: tl.constexpr):
+    """x [HEADS, DIM], cos, sin [DIM / 2] fp32 -> [HEADS, DIM] fp32."""
+    even, odd = tl.split(tl.reshape(x.to(tl.float32), [HEADS, DIM // 2, 2]))
+    cos, sin = cos[None, :], sin[None, :]
+    return tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), [HEADS, DIM])
+
+
+@triton.jit
+def _rope_and_cache_kernel(
+    q,
+    k,
+    v,
+    table,
+    positions,
+    slots,
+    out,
+    k_cache,
+    v_cache,
+    q_token,  # strides of q, k, v
+    q_head,
+    q_dim,
+    k_token,
+    k_head,
+    k_dim,
+    v_token,
+    v_head,
+    v_dim,
+    num_heads,
+    num_kv_heads,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """A program has some heads of q, or some of k and v, of one token."""
+    token, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    dims, half = tl.arange(0, DIM)[None, :], tl.arange(0, DIM // 2)
+    angles = table + tl.load(positions + token) * DIM + half
+    cos, sin = tl.load(angles), tl.load(angles + DIM // 2)
+    num_q_tiles = tl.cdiv(num_heads, HEADS)
+    if tile < num_q_tiles:
+        heads = tile * HEADS + tl.arange(0, HEADS)[:, None]
+        inside = heads < num_heads
+        x = tl.load(q + token * q_token + heads * q_head + dims * q_dim, mask=inside)
+        out_at = (token * num_heads + heads) * DIM + dims
+        tl.store(out + out_at, _rotated(x, cos, sin, HEADS, DIM), mask=inside)
+    else:
+        heads = (tile - num_q_tiles) * HEADS + tl.arange(0, HEADS)[:, None]
+        inside = heads < num_kv_heads
+        x = tl.load(k + token * k_token + heads * k_head + dims * k_dim, mask=inside)
+        value = tl.load(v + token * v_token + heads * v_head + dims * v_dim, mask=inside)
+        slot_at = (tl.load(slots + token) * num_kv_heads + heads) * DIM + dims
+        tl.store(k_cache + slot_at, _rotated(x, cos, sin, HEADS, DIM), mask=inside)
+        tl.store(v_cache + slot_at, value, mask=inside)
+
+
+def rope_and_cache_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rope_table: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_slots: Tensor,
+) -> Tensor:
+    """As rope_and_cache_torch; D a power of two. Bits equal to the twin's: nothing is fused."""
+    num_tokens, num_heads, dim = q.shape
+    num_kv_heads = k.shape[1]
+    assert k_cache.is_contiguous() and v_cache.is_contiguous() and rope_table.is_contiguous()
+    assert positions.is_contiguous() and cache_slots.is_contiguous()
+    out = torch.empty(num_tokens, num_heads, dim, dtype=q.dtype, device=q.device)
+    options = pick(TABLE, q.device, num_tokens)
+    tiles = sum(triton.cdiv(heads, options["HEADS"]) for heads in (num_heads, num_kv_heads))
+    _rope_and_cache_kernel[(num_tokens, tiles)](
+        *(q, k, v, rope_table, positions, cache_slots, out, k_cache, v_cache),
+        *(*q.stride(), *k.stride(), *v.stride(), num_heads, num_kv_heads),
+        DIM=dim,
+        enable_fp_fusion=False,
+        **options,
+    )
+    return out
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -57,4 +157,6 @@ def rope_and_cache_torch(
     return _rotate(q, cos, sin)
 
 
-IMPLEMENTATIONS = {"rope_and_cache": {"torch": rope_and_cache_torch}}
+IMPLEMENTATIONS = {
+    "rope_and_cache": {"triton": rope_and_cache_triton, "torch": rope_and_cache_torch}
+}

@@ -1,9 +1,10 @@
 """What all tests of ops share: the cases, the comparison with fp64, poisoned memory.
 
 A test that takes an argument named as an op runs once for every (implementation, device) of
-that op, with `device` beside it, and for every dtype if it takes `dtype`; one that takes `ops`
-gets all ops of one implementation. A new one in the registry needs a line in DTYPES. Without a GPU,
-Triton kernels run on the CPU, under Triton's interpreter: they want small cases.
+that op, with `device` beside it, and for every dtype if it takes `dtype` (for those of 16 bits if
+it takes `half`); one that takes `ops` gets all ops of one implementation. A new one in the registry
+needs a line in DTYPES. Without a GPU, Triton kernels run on the CPU, under Triton's interpreter:
+they want small cases.
 """
 
 import pytest
@@ -18,7 +19,8 @@ NEEDS_CUDA = (
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 )
-# (implementation, device) -> dtypes. Triton's interpreter gets products of bf16 wrong.
+# (implementation, device) -> dtypes. Triton's interpreter rounds to bf16 wrongly and gets products
+# of bf16 wrong.
 DTYPES = {
     ("torch", "cpu"): (torch.float64, *HALF_AND_SINGLE),
     ("torch", "cuda"): (torch.float64, *HALF_AND_SINGLE),
@@ -50,16 +52,19 @@ def pytest_generate_tests(metafunc):
     if not wanted:
         return
     (argument,) = wanted
-    with_dtype = "dtype" in metafunc.fixturenames
+    types = [name for name in ("dtype", "half") if name in metafunc.fixturenames]
     cases = []
     for name, function in implementations_of(argument).items():
         for device, marks in DEVICES.items():
-            dtypes = DTYPES[name, device]
-            for dtype in dtypes if with_dtype else (None,) * bool(dtypes):
-                values = (function, device, dtype) if with_dtype else (function, device)
-                label = "-".join([name, device, *([str(dtype)[6:]] if with_dtype else [])])
+            for dtype in DTYPES[name, device]:
+                if types == ["half"] and dtype.itemsize != 2:
+                    continue
+                label = "-".join([name, device, *(str(dtype)[6:] for _ in types)])
+                values = (function, device, *(dtype for _ in types))
                 cases.append(pytest.param(*values, marks=marks, id=label))
-    metafunc.parametrize((argument, "device", "dtype")[: 2 + with_dtype], cases)
+                if not types:
+                    break
+    metafunc.parametrize((argument, "device", *types), cases)
 
 
 @pytest.fixture(autouse=True)

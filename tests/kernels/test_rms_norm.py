@@ -31,25 +31,25 @@ def test_add_rms_norm(add_rms_norm, randn, assert_near, shape):
     assert torch.equal(residual, before[1])
 
 
-def test_norm_is_of_the_rounded_sum(add_rms_norm, device):
-    # 256 + 1 is 256 in bf16 (ties to even): the norm of (256, 0) has no trace of the 1.
-    residual = torch.tensor([[256.0, 0.0]], dtype=torch.bfloat16, device=device)
-    x = torch.tensor([[1.0, 0.0]], dtype=torch.bfloat16, device=device)
-    weight = torch.ones(2, dtype=torch.bfloat16, device=device)
+def test_norm_is_of_the_rounded_sum(add_rms_norm, device, half):
+    # 256 + 1 is 256 in bf16 (ties to even), 2048 + 1 is 2048 in fp16: no trace of the 1 is normed.
+    large = 2 / torch.finfo(half).eps
+    residual = torch.tensor([[large, 0.0]], dtype=half, device=device)
+    x = torch.tensor([[1.0, 0.0]], dtype=half, device=device)
+    weight = torch.ones(2, dtype=half, device=device)
     y, total = add_rms_norm(x, residual, weight, EPS)
-    assert total.tolist() == [[256.0, 0.0]]
-    assert y.float().tolist() == [[1.4140625, 0.0]]
+    assert total.tolist() == [[large, 0.0]]
+    assert y.tolist() == [[torch.tensor(2.0, dtype=half).sqrt().item(), 0.0]]
 
 
-def test_quotient_is_rounded_before_the_weight(rms_norm, device):
+def test_quotient_is_rounded_before_the_weight(rms_norm, device, half):
     # The row (1024, 0) has the quotient sqrt(2); some weights tell one rounding from two.
     quotient = torch.tensor(2.0).sqrt()
-    weights = torch.arange(1.0, 2.0, 2**-7).bfloat16()
-    twice = quotient.bfloat16() * weights
-    once = (quotient * weights.float()).bfloat16()
+    weights = torch.arange(1.0, 2.0, 2**-7).to(half)
+    twice = quotient.to(half) * weights
+    once = (quotient * weights.float()).to(half)
     assert (twice != once).any()
-    x = torch.zeros(len(weights), 2, dtype=torch.bfloat16, device=device)
-    x[:, 0] = 1024.0
-    for row, weight, expected in zip(x, weights.to(device), twice, strict=True):
-        y = rms_norm(row[None], torch.stack((weight, weight)), EPS)
-        assert y[0, 0].cpu() == expected
+    x = torch.zeros(2, 2 * len(weights), dtype=half, device=device)
+    x[:, ::2] = 1024.0  # every pair of columns has this quotient, so the row has it too
+    y = rms_norm(x, weights.to(device).repeat_interleave(2), EPS)
+    assert torch.equal(y[0, ::2].cpu(), twice)

@@ -13,12 +13,12 @@ def test_swiglu(swiglu, randn, assert_near, shape):
     assert_near(y, gate / (1 + torch.exp(-gate)) * up)
 
 
-def test_silu_is_rounded_before_the_product(swiglu, device):
-    gate = torch.linspace(-3, 3, 997).bfloat16()
-    up = torch.linspace(1, 2, 997).bfloat16()
+def test_silu_is_rounded_before_the_product(swiglu, device, half):
+    gate = torch.linspace(-3, 3, 997).to(half)
+    up = torch.linspace(1, 2, 997).to(half)
     silu = torch.tensor([g / (1 + math.exp(-g)) for g in gate.tolist()], dtype=torch.float64)
-    twice = (silu.bfloat16().double() * up.double()).bfloat16()
-    once = (silu * up.double()).bfloat16()
+    twice = (silu.to(half).double() * up.double()).to(half)
+    once = (silu * up.double()).to(half)
     assert (twice != once).sum() > 50
-    y = swiglu(torch.cat((gate, up))[None].to(device))
-    assert torch.equal(y[0].cpu(), twice)
+    y = swiglu(torch.cat((gate, up))[None].to(device))[0].cpu()
+    assert (y != twice).sum() <= 2  # silu in fp32 may fall on the other side of a border
