@@ -5,6 +5,9 @@ head of the group) pairs that share one K/V head, so that a key is read once for
 Never reads a slot at or after `last`, and never decides what a program works on.
 """
 
+# pyright: reportGeneralTypeIssues=false
+# (a kernel's loops are not Python's)
+
 import triton
 import triton.language as tl
 

@@ -10,8 +10,8 @@ The kernel reads K and V where they lie, through the block table. torch ships no
 its paged kernels want pages of 256 tokens, and its plain ones a copy of the cached prefix.
 """
 
-# pyright: reportArgumentType=false
-# (a launch gives ints where a kernel has constexprs)
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# (a launch gives ints where a kernel has constexprs; a kernel's loops are not Python's)
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +30,7 @@ TABLE = {
     ("sm_90", 1 << 20): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
 }
 # Products of fp32 run without tensor cores: tiles of operands must fit into registers.
-TABLE_FP32 = {
-    (DEFAULT, 1 << 20): {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
-}
+TABLE_FP32 = {(DEFAULT, 1 << 20): {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}}
 
 MAX_MASK_ELEMENTS = 1 << 26  # query tokens x context tokens of one masked product
 
