@@ -6,6 +6,8 @@ a batch and on every rank. Written in int64 operations, which CPU and GPU comput
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 Word = Tensor | int  # a 32-bit unsigned value; a tensor holds it in int64
@@ -44,3 +46,23 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int, first_token:
     assert isinstance(word, Tensor)
     uniform = (word.double() + 0.5) * 2.0**-32
     return -(-uniform.log()).log().float()
+
+
+_MASK = tl.constexpr(MASK)
+_M0, _M1 = (tl.constexpr(multiplier) for multiplier in MULTIPLIERS)
+_STEP0, _STEP1 = (tl.constexpr(step) for step in KEY_STEPS)
+
+
+@triton.jit
+def gumbel_noise_of(tokens, position, seed):
+    """gumbel_noise() inside a kernel: tokens [N], position and seed int64 -> [N] fp32."""
+    c0, c1, c2 = tokens.to(tl.int64), position & _MASK, (position >> 32) & _MASK
+    c1, c2 = c1 + tl.zeros_like(c0), c2 + tl.zeros_like(c0)
+    c3, k0, k1 = tl.zeros_like(c0), seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        p0, p1 = c0 * _M0, c2 * _M1
+        c0, c1 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK
+        c2, c3 = ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + _STEP0) & _MASK, (k1 + _STEP1) & _MASK
+    uniform = (c0.to(tl.float64) + 0.5) * 2.3283064365386963e-10  # 2^-32
+    return -tl.log(-tl.log(uniform)).to(tl.float32)

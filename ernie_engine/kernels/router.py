@@ -6,11 +6,143 @@
 The bias only selects. Trained biases stand near +22..+63 and differ by hundredths, so neither
 the product, the bias nor p + bias may be rounded below fp32. Even there exact ties occur: they
 go to the lower expert id.
+
+The Triton kernels: a product into logits in memory, then the choice, a program for some tokens. A
+score is computed once and made a key that no other expert has; keys are what is compared.
 """
+
+# pyright: reportArgumentType=false, reportCallIssue=false
+# (a launch gives ints where a kernel has constexprs, and options that it does not have)
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from ernie_engine.kernels.launch import DEFAULT, pick
+from ernie_engine.kernels.ordering import FIRST_KEY, order_keys
+
+# By the number of tokens. ROWS 1: a sum for each logit, else products of tiles.
+TABLE = {
+    (DEFAULT, 16): {"ROWS": 1, "EXPERTS": 2, "INNER": 1024, "num_warps": 4, "num_stages": 2},
+    (DEFAULT, 1024): {"ROWS": 16, "EXPERTS": 16, "INNER": 64, "num_warps": 4, "num_stages": 3},
+    (DEFAULT, 16384): {"ROWS": 64, "EXPERTS": 64, "INNER": 32, "num_warps": 8, "num_stages": 3},
+}
+CANDIDATES = [
+    *(
+        {"ROWS": 1, "EXPERTS": experts, "INNER": 1024, "num_warps": warps, "num_stages": 2}
+        for experts in (1, 2, 4, 8)
+        for warps in (2, 4, 8)
+    ),
+    *(
+        {"ROWS": rows, "EXPERTS": experts, "INNER": inner, "num_warps": warps, "num_stages": 3}
+        for rows, experts in ((16, 16), (16, 32), (32, 32), (32, 64), (64, 64), (128, 64))
+        for inner in (32, 64)
+        for warps in (4, 8)
+    ),
+]
+CHOICE_ROWS = 4  # tokens of a program that chooses
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _logits_kernel(
+    x,
+    weight,
+    logits,
+    x_stride,
+    num_tokens,
+    num_experts,
+    hidden,
+    ROWS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """logits [T, E] = x @ weight.T in fp32: a program owns a tile."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    experts = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)[:, None]
+    total = tl.zeros([ROWS, EXPERTS], dtype=tl.float32)
+    for start in range(0, hidden, INNER):
+        inner = start + tl.arange(0, INNER)[None, :]
+        row_mask = (rows < num_tokens) & (inner < hidden)
+        a = tl.load(x + rows.to(tl.int64) * x_stride + inner, mask=row_mask, other=0.0)
+        expert_mask = (experts < num_experts) & (inner < hidden)
+        b = tl.load(weight + experts * hidden + inner, mask=expert_mask, other=0.0)
+        if ROWS == 1:
+            total += tl.sum(a.to(tl.float32) * b, axis=1)[None, :]
+        else:
+            total = tl.dot(a.to(tl.float32), b.T, total, input_precision="ieee")
+    columns = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)[None, :]
+    mask = (rows < num_tokens) & (columns < num_experts)
+    tl.store(logits + rows.to(tl.int64) * num_experts + columns, total, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _choose_kernel(
+    logits,
+    bias,
+    weights,
+    ids,
+    num_tokens,
+    num_experts,
+    norm_min,
+    TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,  # powers of two that hold all experts and all choices
+    CHOICES: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    experts, choices = tl.arange(0, EXPERTS)[None, :], tl.arange(0, CHOICES)[None, :]
+    row_in, expert_in = rows < num_tokens, experts < num_experts
+    z = tl.load(logits + rows * num_experts + experts, mask=row_in & expert_in, other=-float("inf"))
+    z = tl.where(row_in, z, 0.0)  # what is not stored had better not be NaN
+    p = tl.exp(z - tl.max(z, axis=1, keep_dims=True))
+    p = tl.div_rn(p, tl.broadcast_to(tl.sum(p, axis=1, keep_dims=True), p.shape))
+    score = p + tl.load(bias + experts, mask=expert_in, other=-float("inf"))
+    keys = order_keys(score, experts)  # [ROWS, EXPERTS], all different
+    chosen_p = tl.zeros([ROWS, CHOICES], dtype=tl.float32)
+    chosen_id = tl.zeros([ROWS, CHOICES], dtype=tl.int64)
+    for choice in range(TOP_K):
+        best = tl.max(keys, axis=1, keep_dims=True)
+        is_best = keys == best
+        best_p = tl.sum(tl.where(is_best, p, 0.0), axis=1, keep_dims=True)
+        best_id = tl.sum(tl.where(is_best, experts, 0), axis=1, keep_dims=True)
+        chosen_p = tl.where(choices == choice, best_p, chosen_p)
+        chosen_id = tl.where(choices == choice, best_id, chosen_id)
+        keys = tl.where(is_best, FIRST_KEY, keys)
+    total = tl.maximum(tl.sum(chosen_p, axis=1, keep_dims=True), norm_min)
+    chosen_p = tl.div_rn(chosen_p, tl.broadcast_to(total, chosen_p.shape))
+    at, mask = rows * TOP_K + choices, row_in & (choices < TOP_K)
+    tl.store(weights + at, chosen_p, mask=mask)
+    tl.store(ids + at, chosen_id, mask=mask)
+
+
+def router_triton(
+    x: Tensor, weight: Tensor, bias: Tensor, top_k: int, norm_min: float
+) -> tuple[Tensor, Tensor]:
+    """As router_torch; the rows of x contiguous."""
+    (num_tokens, hidden), num_experts = x.shape, weight.shape[0]
+    assert x.stride(1) == 1 and weight.is_contiguous() and bias.is_contiguous()
+    assert weight.dtype == bias.dtype == torch.float32
+    device = x.device
+    logits = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=device)
+    options = pick(TABLE, device, num_tokens)
+    tiles = (num_tokens, options["ROWS"]), (num_experts, options["EXPERTS"])
+    _logits_kernel[tuple(triton.cdiv(*tile) for tile in tiles)](
+        x, weight, logits, x.stride(0), num_tokens, num_experts, hidden, **options
+    )
+    weights = torch.empty(num_tokens, top_k, dtype=x.dtype, device=device)
+    ids = torch.empty(num_tokens, top_k, dtype=torch.int64, device=device)
+    _choose_kernel[(triton.cdiv(num_tokens, CHOICE_ROWS),)](
+        *(logits, bias, weights, ids, num_tokens, num_experts, norm_min),
+        TOP_K=top_k,
+        EXPERTS=triton.next_power_of_2(num_experts),
+        CHOICES=triton.next_power_of_2(top_k),
+        ROWS=CHOICE_ROWS,
+        num_warps=1,
+        enable_fp_fusion=False,  # p + bias is rounded as the twin rounds it
+    )
+    return weights, ids
 
 
 def router_torch(
@@ -25,4 +157,4 @@ def router_torch(
     return chosen.to(x.dtype), ids
 
 
-IMPLEMENTATIONS = {"router": {"torch": router_torch}}
+IMPLEMENTATIONS = {"router": {"triton": router_triton, "torch": router_torch}}

@@ -4,12 +4,92 @@ Order: temperature, min-p, top-k, top-p; then Gumbel-max, argmax(z + noise), whi
 softmax(z). The noise depends on (seed, position, token id) alone, so a row's draw never depends
 on the rows beside it. Every tie goes to the lower token id. Logits may hold -inf (a forbidden
 token), never +inf or NaN, and a row always has a finite one.
+
+The Triton kernels cut rows into chunks, a program for each. top_filter.py says from which order key
+on a token is kept; a row without top-k and top-p gets the key below all, for next to nothing.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false
+# (a launch gives ints where a kernel has constexprs, and options that it does not have)
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from ernie_engine.kernels.philox import gumbel_noise
+from ernie_engine.kernels.candidates import CHUNK, chunk_at, chunk_ids, load_logits, num_chunks
+from ernie_engine.kernels.ordering import FIRST_KEY, key_ids, order_keys
+from ernie_engine.kernels.philox import gumbel_noise, gumbel_noise_of
+from ernie_engine.kernels.top_filter import (
+    TEMPERATURE,
+    find_thresholds,
+    load_setting,
+    scaled_logits,
+)
+
+
+@triton.jit
+def _draw_kernel(
+    logits,
+    settings,
+    thresholds,
+    seeds,
+    positions,
+    drawn_keys,
+    seed_stride,
+    position_stride,
+    vocab_size,
+    CHUNK: tl.constexpr,
+):
+    """A chunk's best z + noise, as an order key."""
+    row = tl.program_id(0).to(tl.int64)
+    drawn = tl.full([], FIRST_KEY, tl.int64)
+    if load_setting(settings, TEMPERATURE) > 0:
+        ids = chunk_ids(CHUNK)
+        z = scaled_logits(load_logits(logits, ids, vocab_size), settings)
+        z = tl.where(order_keys(z, ids) >= tl.load(thresholds + row), z, -float("inf"))
+        if tl.max(z, axis=0) > -float("inf"):  # the noise is what costs
+            seed, position = tl.load(seeds + row * seed_stride), row * position_stride
+            noise = gumbel_noise_of(ids, tl.load(positions + position), seed)
+            drawn = tl.max(order_keys(z + noise, ids), axis=0)
+    tl.store(drawn_keys + chunk_at(), drawn)
+
+
+@triton.jit
+def _choose_kernel(settings, greedy, drawn_keys, tokens, num_chunks, CHUNKS: tl.constexpr):
+    row, chunks = tl.program_id(0).to(tl.int64), tl.arange(0, CHUNKS)
+    inside = chunks < num_chunks
+    keys = tl.load(drawn_keys + row * num_chunks + chunks, mask=inside, other=FIRST_KEY)
+    is_drawn, drawn = load_setting(settings, TEMPERATURE) > 0, key_ids(tl.max(keys, axis=0))
+    tl.store(tokens + row, tl.where(is_drawn, drawn, tl.load(greedy + row)))
+
+
+def sample_triton(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    """As sample_torch, and the same tokens."""
+    logits = logits.contiguous()
+    rows, vocab_size = logits.shape
+    greedy, settings, thresholds = find_thresholds(logits, temperature, top_k, top_p, min_p)
+    chunks = num_chunks(vocab_size)
+    drawn_keys = torch.empty(rows, chunks, dtype=torch.int64, device=logits.device)
+    strides = seeds.stride(0), positions.stride(0)
+    _draw_kernel[(rows, chunks)](
+        *(logits, settings, thresholds, seeds, positions, drawn_keys, *strides, vocab_size),
+        CHUNK=CHUNK,
+        num_warps=8,
+    )
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    _choose_kernel[(rows,)](
+        settings, greedy, drawn_keys, tokens, chunks, CHUNKS=triton.next_power_of_2(chunks)
+    )
+    return tokens
 
 
 def _keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
@@ -57,4 +137,4 @@ def sample_torch(
     return torch.where(drawn, choice, greedy)
 
 
-IMPLEMENTATIONS = {"sample": {"torch": sample_torch}}
+IMPLEMENTATIONS = {"sample": {"triton": sample_triton, "torch": sample_torch}}

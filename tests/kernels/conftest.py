@@ -3,8 +3,8 @@
 A test that takes an argument named as an op runs once for every (implementation, device) of
 that op, with `device` beside it, and for every dtype if it takes `dtype` (for those of 16 bits if
 it takes `half`); one that takes `ops` gets all ops of one implementation. A new one in the registry
-needs a line in DTYPES. Without a GPU, Triton kernels run on the CPU, under Triton's interpreter:
-they want small cases.
+needs a line in DTYPES. `kernel_device` is each device that Triton kernels run on, for what only
+they have. Without a GPU that is the CPU, under Triton's interpreter: they want small cases.
 """
 
 import pytest
@@ -48,6 +48,9 @@ def implementations_of(argument):
 
 
 def pytest_generate_tests(metafunc):
+    if "kernel_device" in metafunc.fixturenames:
+        on = [d for d in DEVICES if DTYPES["triton", d]]
+        metafunc.parametrize("kernel_device", [pytest.param(d, marks=DEVICES[d]) for d in on])
     wanted = [name for name in (*IMPLEMENTATIONS, "ops") if name in metafunc.fixturenames]
     if not wanted:
         return
@@ -98,6 +101,12 @@ def poisoned_memory(monkeypatch):
 def randn(device, dtype):
     """Normal numbers in the case's dtype on its device; the same numbers on every device."""
     return lambda *shape: torch.randn(*shape).to(device, dtype)
+
+
+@pytest.fixture
+def few(request):
+    """few(n, some): n, but only `some` under the interpreter, where a row of logits takes long."""
+    return lambda n, some: some if "triton-cpu" in request.node.name else n
 
 
 @pytest.fixture

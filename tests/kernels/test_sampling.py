@@ -7,6 +7,19 @@ from ernie_engine.kernels import sampling
 from ernie_engine.kernels.philox import gumbel_noise
 
 
+@pytest.fixture
+def many(few):
+    """many(n): n draws, of which the interpreter is spared: a kernel keeps what the twin keeps
+    (test_top_filter.py), and draws of the mixed rows are compared one by one."""
+
+    def count(n):
+        if few(n, 0) == 0:
+            pytest.skip(f"{n} rows under the interpreter")
+        return n
+
+    return count
+
+
 def draw(
     sample, device, logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, position=0
 ):
@@ -55,8 +68,8 @@ def naive_draw(logits, temperature, top_k, top_p, min_p, noise):
 
 
 @pytest.mark.parametrize("vocab_size", [1, 2, 13, 257])
-def test_any_mix_of_parameters(sample, device, vocab_size):
-    rows = 400
+def test_any_mix_of_parameters(sample, device, few, vocab_size):
+    rows = few(400, 16)
 
     def pick(*values):
         return torch.tensor(values)[torch.randint(0, len(values), (rows,))]
@@ -85,8 +98,8 @@ def test_greedy_ties_go_to_the_lower_id(sample, device):
 
 
 def test_tiny_temperature_is_nearly_greedy(sample, device):
-    logits = torch.randn(20, 50) * 100
-    tokens = draw(sample, device, logits, temperature=1e-38, position=torch.arange(20))
+    logits = torch.randn(5, 50) * 100
+    tokens = draw(sample, device, logits, temperature=1e-38, position=torch.arange(5))
     assert tokens.tolist() == logits.argmax(dim=1).tolist()
 
 
@@ -99,8 +112,8 @@ def chi_square_limit(degrees):
     "filters", [{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.9}]
 )
 @pytest.mark.parametrize("vary", ["position", "seed"])
-def test_draws_have_the_right_distribution(sample, device, filters, vary):
-    draws, temperature = 20000, 0.7
+def test_draws_have_the_right_distribution(sample, device, many, filters, vary):
+    draws, temperature = many(20000), 0.7
     logits = torch.randn(13) * 1.2
     rows = logits.expand(draws, -1)
     tokens = draw(sample, device, rows, temperature, **filters, **{vary: torch.arange(draws)})
@@ -114,18 +127,20 @@ def test_draws_have_the_right_distribution(sample, device, filters, vary):
     assert chi_square < chi_square_limit(len(kept) - 1)
 
 
-def test_top_k_keeps_exactly_k_of_equal_tokens(sample, device):
-    rows = torch.ones(500, 3000)
+def test_top_k_keeps_exactly_k_of_equal_tokens(sample, device, many):
+    num_rows = many(500)
+    rows = torch.ones(num_rows, 3000)
     rows[:, 1500] = 2.0
-    tokens = draw(sample, device, rows, top_k=4, position=torch.arange(500))
+    tokens = draw(sample, device, rows, top_k=4, position=torch.arange(num_rows))
     assert set(tokens.tolist()) == {1500, 0, 1, 2}
 
 
-def test_top_p_keeps_the_fewest_tokens_that_reach_it(sample, device):
-    rows = torch.tensor([0.25, 0.5, 0.125, 0.125]).log().expand(2000, 4)
+def test_top_p_keeps_the_fewest_tokens_that_reach_it(sample, device, many):
+    num_rows = many(2000)
+    rows = torch.tensor([0.25, 0.5, 0.125, 0.125]).log().expand(num_rows, 4)
 
     def kept(top_p):
-        tokens = draw(sample, device, rows, top_p=top_p, position=torch.arange(2000))
+        tokens = draw(sample, device, rows, top_p=top_p, position=torch.arange(num_rows))
         return set(tokens.tolist())
 
     assert kept(0.0) == kept(0.01) == kept(0.49) == {1}
@@ -134,21 +149,22 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it(sample, device):
     assert kept(0.88) == kept(1.0) == {0, 1, 2, 3}
 
 
-def test_min_p_comes_before_top_p(sample, device):
+def test_min_p_comes_before_top_p(sample, device, many):
     # min-p leaves {0, 1}; of these top-p 0.7 needs only token 0 (0.5 / 0.7 = 0.71).
-    rows = torch.tensor([0.5, 0.2, 0.15, 0.15]).log().expand(500, 4)
-    tokens = draw(sample, device, rows, min_p=0.35, top_p=0.7, position=torch.arange(500))
+    num_rows = many(500)
+    rows = torch.tensor([0.5, 0.2, 0.15, 0.15]).log().expand(num_rows, 4)
+    tokens = draw(sample, device, rows, min_p=0.35, top_p=0.7, position=torch.arange(num_rows))
     assert set(tokens.tolist()) == {0}
 
 
-def test_a_draw_does_not_know_its_company(sample, device):
-    rows = 24
+def test_a_draw_does_not_know_its_company(sample, device, few):
+    rows = few(24, 12)
     logits = torch.randn(rows, 101)
     parameters = {
-        "temperature": torch.tensor([0.0, 0.5, 1.0, 1.7]).repeat(6),
-        "top_k": torch.tensor([0, 0, 7]).repeat(8),
-        "top_p": torch.tensor([1.0, 0.9]).repeat(12),
-        "min_p": torch.tensor([0.0, 0.0, 0.0, 0.02]).repeat(6),
+        "temperature": torch.tensor([0.0, 0.5, 1.0, 1.7]).repeat(rows // 4),
+        "top_k": torch.tensor([0, 0, 7]).repeat(rows // 3),
+        "top_p": torch.tensor([1.0, 0.9]).repeat(rows // 2),
+        "min_p": torch.tensor([0.0, 0.0, 0.0, 0.02]).repeat(rows // 4),
         "seed": torch.arange(rows) // 2,
         "position": torch.arange(rows) % 5,
     }
@@ -156,16 +172,17 @@ def test_a_draw_does_not_know_its_company(sample, device):
     order = torch.randperm(rows)
     shuffled = {name: value[order] for name, value in parameters.items()}
     assert torch.equal(draw(sample, device, logits[order], **shuffled), together[order])
-    for row in range(rows):
+    for row in range(0, rows, few(1, 5)):
         alone = {name: value[row : row + 1] for name, value in parameters.items()}
         assert draw(sample, device, logits[row : row + 1], **alone) == together[row]
 
 
-def test_seed_and_position_change_the_draw(sample, device):
-    rows = torch.zeros(200, 1000)
+def test_seed_and_position_change_the_draw(sample, device, few):
+    num_rows = few(200, 20)
+    rows = torch.zeros(num_rows, 1000)
     for vary in ("seed", "position"):
-        tokens = draw(sample, device, rows, **{vary: torch.arange(200)})
-        assert len(set(tokens.tolist())) > 150
+        tokens = draw(sample, device, rows, **{vary: torch.arange(num_rows)})
+        assert len(set(tokens.tolist())) > 0.75 * num_rows
     assert len(set(draw(sample, device, rows, seed=5, position=9).tolist())) == 1
 
 

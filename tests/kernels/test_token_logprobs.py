@@ -12,7 +12,7 @@ def naive(logits, token, num_top):
     return logprobs[token], order.index(token) + 1, top, [logprobs[v] for v in top]
 
 
-@pytest.mark.parametrize("num_rows", [0, 1, 9])
+@pytest.mark.parametrize("num_rows", [0, 1, 4])
 @pytest.mark.parametrize(("vocab_size", "num_top"), [(1, 1), (7, 0), (7, 7), (513, 20)])
 @pytest.mark.parametrize("scale", [1.0, 50.0])
 def test_token_logprobs(token_logprobs, device, num_rows, vocab_size, num_top, scale):
@@ -36,12 +36,12 @@ def test_token_logprobs(token_logprobs, device, num_rows, vocab_size, num_top, s
 
 
 def test_rank_is_the_place_among_the_top(token_logprobs, device):
-    logits = torch.randint(-3, 4, (1, 40)).float().repeat(40, 1).to(device)
+    logits = torch.randint(-3, 4, (1, 16)).float().repeat(16, 1).to(device)
     logits[:, ::3] *= -1  # -0.0 beside 0.0: equal numbers, so the lower id first
-    _, rank, top_ids, _ = token_logprobs(logits, torch.arange(40, device=device), 40)
-    assert sorted(rank.tolist()) == list(range(1, 41))
-    for token in range(40):
+    _, rank, top_ids, _ = token_logprobs(logits, torch.arange(16, device=device), 16)
+    assert sorted(rank.tolist()) == list(range(1, 17))
+    for token in range(16):
         assert top_ids[0, rank[token] - 1] == token
     values = logits[0].cpu()[top_ids[0].cpu()]
-    for i in range(39):
+    for i in range(15):
         assert values[i] > values[i + 1] or top_ids[0, i] < top_ids[0, i + 1]
