@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 MARGIN = 1.5
 ROWS, COLUMNS = 16, 32  # no larger than a tile of any kernel
+NUM_ELEMENTS = 256  # a tile of few rows is wider: the error of a few numbers says little
 # What a kernel may be off by where the twin happens to be exact: half a unit in the half types;
 # some in fp32, whose sums are not wider than itself.
 FLOOR = {torch.float32: 2**-22, torch.bfloat16: 2**-9, torch.float16: 2**-12}
@@ -32,9 +33,10 @@ def where_kernels_run():
 
 def _norms(x):
     """x [R, C] -> the norm of each tile."""
-    rows, columns = x.shape
-    x = F.pad(x, (0, -columns % COLUMNS, 0, -rows % ROWS))
-    return x.unflatten(0, (-1, ROWS)).unflatten(2, (-1, COLUMNS)).norm(dim=(1, 3))
+    rows = min(ROWS, len(x))
+    columns = max(COLUMNS, NUM_ELEMENTS // rows)
+    x = F.pad(x, (0, -x.shape[1] % columns, 0, -len(x) % rows))
+    return x.unflatten(0, (-1, rows)).unflatten(2, (-1, columns)).norm(dim=(1, 3))
 
 
 def assert_as_near_as_twin(out, twin, exact):
@@ -42,7 +44,9 @@ def assert_as_near_as_twin(out, twin, exact):
     assert out.dtype == twin.dtype and exact.dtype == torch.float64
     assert out.shape == twin.shape == exact.shape
     floor = FLOOR[out.dtype]
-    out, twin, exact = (t.double().cpu().reshape(-1, t.shape[-1]) for t in (out, twin, exact))
+    out, twin, exact = (
+        t.to(exact.device, torch.float64).reshape(-1, t.shape[-1]) for t in (out, twin, exact)
+    )
     size, theirs = _norms(exact), _norms(twin - exact)
     usual = theirs.square().sum().sqrt() / size.square().sum().sqrt()  # over all tiles
     limit = MARGIN * torch.maximum(theirs, size * usual.clamp(min=floor))
