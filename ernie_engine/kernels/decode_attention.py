@@ -36,6 +36,12 @@ TABLE = {
     ("sm_90", 512): {"SPLITS": 2, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
     ("sm_90", 1024): {"SPLITS": 1, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
 }
+CANDIDATES = [
+    {"SPLITS": splits, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+    for splits in (1, 2, 4, 8, 16, 32, 64)
+    for n, warps in ((32, 2), (32, 4), (64, 2), (64, 4), (128, 4))
+    for stages in (2, 3, 4)
+]
 # Products of fp32 run without tensor cores: tiles of operands must fit into registers.
 TABLE_FP32 = {
     (DEFAULT, 16): {"SPLITS": 8, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},

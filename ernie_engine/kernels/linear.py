@@ -29,10 +29,20 @@ TABLE = {
     (DEFAULT, 16): {"BLOCK_N": 32, "BLOCK_M": 16, "BLOCK_K": 128, "num_warps": 2, "num_stages": 3},
     (DEFAULT, 32): {"BLOCK_N": 32, "BLOCK_M": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3},
     (DEFAULT, 64): {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+    ("sm_90", 8): {"BLOCK_N": 32, "BLOCK_M": 8, "BLOCK_K": 128, "num_warps": 2, "num_stages": 6},
     ("sm_90", 16): {"BLOCK_N": 32, "BLOCK_M": 16, "BLOCK_K": 128, "num_warps": 2, "num_stages": 5},
     ("sm_90", 32): {"BLOCK_N": 32, "BLOCK_M": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 5},
     ("sm_90", 64): {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
 }
+CANDIDATES = [
+    {"BLOCK_N": n, "BLOCK_M": m, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+    for n, m, warps in (
+        *((16, 8, 1), (16, 8, 2), (32, 8, 2), (32, 8, 4), (64, 8, 4)),
+        *((16, 16, 1), (32, 16, 2), (32, 16, 4), (64, 16, 4), (32, 32, 2), (32, 32, 4)),
+        *((64, 32, 4), (128, 32, 4), (32, 64, 4), (64, 64, 4), (128, 64, 4), (128, 64, 8)),
+    )
+    for k, stages in ((64, 4), (64, 6), (128, 3), (128, 5), (256, 3), (256, 4))
+]
 # Products of fp32 run without tensor cores: tiles of operands must fit into registers.
 TABLE_FP32 = {
     (DEFAULT, 64): {"BLOCK_N": 32, "BLOCK_M": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
@@ -47,6 +57,20 @@ def num_splits(num_rows: int, inner: int) -> int:
     while programs * splits < SPLIT_PROGRAMS and inner >= 2 * splits * SPLIT_MIN_K:
         splits *= 2
     return splits
+
+
+@triton.jit
+def load_columns(rows, inside, start, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Columns start .. start + BLOCK_K - 1 of rows (pointers [R]) of length K: [R, BLOCK_K].
+
+    Zero, and no traffic, for rows that are not `inside` and beyond the last column.
+    """
+    k = start + tl.arange(0, BLOCK_K)[None, :]
+    if K % BLOCK_K == 0:
+        mask = inside[:, None]
+    else:
+        mask = inside[:, None] & (k < K)
+    return tl.load(rows[:, None] + k, mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -66,19 +90,13 @@ def _linear_kernel(
     split = tl.program_id(2)
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     token = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    # Rows and tokens outside are read twice instead of masked; only stores need a mask.
-    weight_rows = weight + tl.minimum(row, N - 1).to(tl.int64)[:, None] * K
-    x_rows = x + tl.minimum(token, num_tokens - 1)[:, None] * K
+    weight_rows, x_rows = weight + row.to(tl.int64) * K, x + token * K
     PER_SPLIT: tl.constexpr = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS) * BLOCK_K
     first = split * PER_SPLIT
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in tl.range(first, tl.minimum(first + PER_SPLIT, K), BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)[None, :]
-        if K % BLOCK_K == 0:
-            w_tile, x_tile = tl.load(weight_rows + k), tl.load(x_rows + k)
-        else:
-            w_tile = tl.load(weight_rows + k, mask=k < K, other=0.0)
-            x_tile = tl.load(x_rows + k, mask=k < K, other=0.0)
+        w_tile = load_columns(weight_rows, row < N, start, K, BLOCK_K)
+        x_tile = load_columns(x_rows, token < num_tokens, start, K, BLOCK_K)
         acc = tl.dot(w_tile, tl.trans(x_tile), acc, input_precision="ieee")
     places = parts + (split * num_tokens + token).to(tl.int64)[None, :] * N + row[:, None]
     inside = (row < N)[:, None] & (token < num_tokens)[None, :]

@@ -25,6 +25,14 @@ DOWN_TABLE = {
     (DEFAULT, 8): {"BLOCK": 8, "BLOCK_K": 256, "STAGES": 2, "num_warps": 4},
     ("sm_90", 8): {"BLOCK": 8, "BLOCK_K": 512, "STAGES": 3, "num_warps": 4},
 }
+# For either launch.
+CANDIDATES = [
+    {"BLOCK": block, "BLOCK_K": k, "STAGES": stages, "num_warps": warps}
+    for block in (4, 8, 16)
+    for k in (256, 512, 1024)
+    for stages in (2, 3, 4)
+    for warps in (2, 4, 8)
+]
 
 
 @triton.jit

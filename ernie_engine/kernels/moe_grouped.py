@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ernie_engine.kernels.launch import DEFAULT, pick
+from ernie_engine.kernels.linear import load_columns
 from ernie_engine.kernels.moe_few import silu_product
 
 # By tokens, not measured yet. BLOCK_M: entries of a tile, of one size for both products.
@@ -49,6 +50,14 @@ DOWN_TABLE = {
     ("sm_90", 64): {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
     ("sm_90", 128): {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4},
 }
+TILE_CANDIDATES = [{"BLOCK_M": m} for m in (16, 32, 64, 128)]
+# For either product.
+CANDIDATES = [
+    {"BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+    for n, warps in ((64, 4), (128, 4), (128, 8), (256, 8))
+    for k in (64, 128)
+    for stages in (3, 4, 5)
+]
 # Products of fp32 run without tensor cores: tiles of operands must fit into registers.
 TILE_TABLE_FP32 = {(DEFAULT, 1 << 20): {"BLOCK_M": 16}}
 TABLE_FP32 = {
@@ -133,16 +142,6 @@ def sort_by_expert(ids: Tensor, num_experts: int, first_expert: int, block_m: in
     return Tiles(order, bounds)
 
 
-@triton.jit
-def _load_columns(rows, start, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Columns start .. start + BLOCK_K - 1 of rows (pointers [R, 1]) of length K; 0 beyond."""
-    k = start + tl.arange(0, BLOCK_K)[None, :]
-    if K % BLOCK_K == 0:
-        return tl.load(rows + k)
-    else:
-        return tl.load(rows + k, mask=k < K, other=0.0)
-
-
 @triton.jit(do_not_specialize=["num_tiles"])
 def _gate_up_kernel(
     x,
@@ -164,19 +163,18 @@ def _gate_up_kernel(
     if first >= last:
         return
     expert = tl.load(bounds + tile).to(tl.int64)
-    # Rows and entries outside are read twice instead of masked; only the store needs a mask.
     place = first + tl.arange(0, BLOCK_M)
-    token = tl.load(order + tl.minimum(place, last - 1)) // TOP_K
+    token = tl.load(order + place, mask=place < last, other=0) // TOP_K
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    x_rows = x + token[:, None] * H
-    gate_rows = gate_up + (expert * (2 * I) + tl.minimum(row, I - 1))[:, None] * H
+    x_rows = x + token * H
+    gate_rows = gate_up + (expert * (2 * I) + row) * H
     up_rows = gate_rows + I * H
     gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in tl.range(0, H, BLOCK_K):
-        x_tile = tl.trans(_load_columns(x_rows, start, H, BLOCK_K))
-        gate_tile = _load_columns(gate_rows, start, H, BLOCK_K)
-        up_tile = _load_columns(up_rows, start, H, BLOCK_K)
+        x_tile = tl.trans(load_columns(x_rows, place < last, start, H, BLOCK_K))
+        gate_tile = load_columns(gate_rows, row < I, start, H, BLOCK_K)
+        up_tile = load_columns(up_rows, row < I, start, H, BLOCK_K)
         gate = tl.dot(gate_tile, x_tile, gate, input_precision="ieee")
         up = tl.dot(up_tile, x_tile, up, input_precision="ieee")
     y = silu_product(gate, up, hidden.dtype.element_ty)
@@ -206,17 +204,16 @@ def _down_kernel(
         return
     expert = tl.load(bounds + tile).to(tl.int64)
     place = first + tl.arange(0, BLOCK_M)
-    read = tl.minimum(place, last - 1)
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    hidden_rows = hidden + read.to(tl.int64)[:, None] * I
-    down_rows = down + (expert * H + tl.minimum(row, H - 1))[:, None] * I
+    hidden_rows = hidden + place.to(tl.int64) * I
+    down_rows = down + (expert * H + row) * I
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in tl.range(0, I, BLOCK_K):
-        hidden_tile = tl.trans(_load_columns(hidden_rows, start, I, BLOCK_K))
-        down_tile = _load_columns(down_rows, start, I, BLOCK_K)
+        hidden_tile = tl.trans(load_columns(hidden_rows, place < last, start, I, BLOCK_K))
+        down_tile = load_columns(down_rows, row < H, start, I, BLOCK_K)
         acc = tl.dot(down_tile, hidden_tile, acc, input_precision="ieee")
-    entry = tl.load(order + read)
-    weight = tl.load(weights + entry).to(tl.float32)
+    entry = tl.load(order + place, mask=place < last, other=0)
+    weight = tl.load(weights + entry, mask=place < last, other=0.0).to(tl.float32)
     y = acc.to(products.dtype.element_ty).to(tl.float32) * weight[None, :]
     places = products + entry.to(tl.int64)[None, :] * H + row[:, None]
     inside = (row < H)[:, None] & (place < last)[None, :]

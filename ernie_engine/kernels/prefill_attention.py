@@ -27,8 +27,16 @@ TABLE = {
     (DEFAULT, 1 << 20): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     # Not measured yet: the tiles that Triton's own example of flash attention favours.
     ("sm_90", 256): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-    ("sm_90", 1 << 20): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+    ("sm_90", 1 << 20): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 4},
 }
+CANDIDATES = [
+    {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+    for m, n, warps in (
+        *((16, 64, 4), (64, 32, 4), (64, 64, 4), (64, 128, 4)),
+        *((128, 32, 8), (128, 64, 4), (128, 64, 8), (128, 128, 8)),
+    )
+    for stages in (2, 3, 4)
+]
 # Products of fp32 run without tensor cores: tiles of operands must fit into registers.
 TABLE_FP32 = {(DEFAULT, 1 << 20): {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}}
 
