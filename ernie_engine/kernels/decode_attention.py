@@ -40,7 +40,7 @@ CANDIDATES = [
     {"SPLITS": splits, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
     for splits in (1, 2, 4, 8, 16, 32, 64)
     for n, warps in ((32, 2), (32, 4), (64, 2), (64, 4), (128, 4))
-    for stages in (2, 3, 4)
+    for stages in (3, 5)  # two a step: block ids, then keys
 ]
 # Products of fp32 run without tensor cores: tiles of operands must fit into registers.
 TABLE_FP32 = {
@@ -52,8 +52,11 @@ MERGED_AT_ONCE = 16  # splits; with one warp a thread holds their values in regi
 
 MAX_GATHERED_TOKENS = 1 << 18  # rows x longest context of one padded batch
 
+# What differs from step to step, views of larger tensors among it, makes no kernel of its own.
+STEP_ARGUMENTS = ["block_tables", "query_start", "context_lens", "num_tokens", "table_width"]
 
-@triton.jit(do_not_specialize=["num_tokens", "table_width"])
+
+@triton.jit(do_not_specialize=STEP_ARGUMENTS)
 def _split_kernel(
     q,
     k_cache,
@@ -120,7 +123,7 @@ def _split_kernel(
         tl.store(lse + result, top + tl.log2(total), mask=real)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
+@triton.jit(do_not_specialize=["query_start", "num_tokens", "num_rows"])
 def _merge_kernel(
     values,
     lse,

@@ -66,10 +66,9 @@ def load_columns(rows, inside, start, K: tl.constexpr, BLOCK_K: tl.constexpr):
     Zero, and no traffic, for rows that are not `inside` and beyond the last column.
     """
     k = start + tl.arange(0, BLOCK_K)[None, :]
-    if K % BLOCK_K == 0:
-        mask = inside[:, None]
-    else:
-        mask = inside[:, None] & (k < K)
+    mask = inside[:, None]
+    if K % BLOCK_K != 0:
+        mask = mask & (k < K)
     return tl.load(rows[:, None] + k, mask=mask, other=0.0)
 
 

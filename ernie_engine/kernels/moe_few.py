@@ -60,7 +60,7 @@ def _gate_up_kernel(
 ):
     """x [T, H], gate_up [E, 2 I, H] -> hidden [T k, I]: one choice of a token, BLOCK rows."""
     entry = tl.program_id(1)
-    expert = tl.load(ids + entry) - first_expert
+    expert = tl.load(ids + entry).to(tl.int64) - first_expert
     if (expert < 0) | (expert >= NUM_EXPERTS):  # another rank's; nobody reads its hidden row
         return
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -103,7 +103,7 @@ def _down_kernel(
     # A loop that stays rolled, over choices: the next one's weights are on the way meanwhile.
     for choice in tl.range(0, TOP_K, num_stages=STAGES):
         entry = token * TOP_K + choice
-        expert = tl.load(ids + entry) - first_expert
+        expert = tl.load(ids + entry).to(tl.int64) - first_expert
         ours = (expert >= 0) & (expert < NUM_EXPERTS)
         down_rows = down + (expert * H + read)[:, None] * I
         acc = tl.zeros([BLOCK, BLOCK_K], tl.float32)

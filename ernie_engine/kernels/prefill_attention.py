@@ -27,7 +27,7 @@ TABLE = {
     (DEFAULT, 1 << 20): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     # Not measured yet: the tiles that Triton's own example of flash attention favours.
     ("sm_90", 256): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-    ("sm_90", 1 << 20): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 4},
+    ("sm_90", 1 << 20): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 5},
 }
 CANDIDATES = [
     {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
@@ -35,7 +35,7 @@ CANDIDATES = [
         *((16, 64, 4), (64, 32, 4), (64, 64, 4), (64, 128, 4)),
         *((128, 32, 8), (128, 64, 4), (128, 64, 8), (128, 128, 8)),
     )
-    for stages in (2, 3, 4)
+    for stages in (3, 5)  # two a step: block ids, then keys
 ]
 # Products of fp32 run without tensor cores: tiles of operands must fit into registers.
 TABLE_FP32 = {(DEFAULT, 1 << 20): {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}}
@@ -60,7 +60,11 @@ def _find_row(query_start, num_rows, tile, BLOCK_Q: tl.constexpr):
     return low, tl.load(query_start + low) // BLOCK_Q + low
 
 
-@triton.jit(do_not_specialize=["num_rows", "table_width"])
+# What differs from step to step, views of larger tensors among it, makes no kernel of its own.
+STEP_ARGUMENTS = ["block_tables", "query_start", "context_lens", "num_rows", "table_width"]
+
+
+@triton.jit(do_not_specialize=STEP_ARGUMENTS)
 def _prefill_kernel(
     q,
     k_cache,
