@@ -7,8 +7,7 @@ the cache is the cost. Never reads a slot beyond a row's context: blocks are reu
 slots may hold anything, NaN too.
 
 The kernel cuts each context into `SPLITS` ranges, a program each, or one long row would keep
-one program busy and the card idle. A range leaves its normalised values and the logarithm of
-its softmax's denominator; a second launch weighs them together, in order. Grids depend on the
+one program busy and the card idle; a second launch puts them together. Grids depend on the
 shapes of tensors alone: ranges that a short row does not fill end at once.
 """
 
@@ -22,7 +21,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ernie_engine.kernels.launch import DEFAULT, pick
-from ernie_engine.kernels.paged_attention import LOG2_E, attend
+from ernie_engine.kernels.paged_attention import (
+    LOG2_E,
+    STEP_ARGUMENTS,
+    attend,
+    check_layout,
+    merge_splits,
+    split_buffers,
+    store_empty_split,
+    store_split,
+)
 
 # By rows x K/V heads, the number of programs before a context is split.
 TABLE = {
@@ -48,12 +56,7 @@ TABLE_FP32 = {
     (DEFAULT, 128): {"SPLITS": 4, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
     (DEFAULT, 512): {"SPLITS": 1, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
 }
-MERGED_AT_ONCE = 16  # splits; with one warp a thread holds their values in registers
-
 MAX_GATHERED_TOKENS = 1 << 18  # rows x longest context of one padded batch
-
-# What differs from step to step, views of larger tensors among it, makes no kernel of its own.
-STEP_ARGUMENTS = ["block_tables", "query_start", "context_lens", "num_tokens", "table_width"]
 
 
 @triton.jit(do_not_specialize=STEP_ARGUMENTS)
@@ -91,8 +94,8 @@ def _split_kernel(
     result = split.to(tl.int64) * num_tokens * (KV_HEADS * GROUP) + pair
     per_split = tl.cdiv(tl.cdiv(context, BLOCK_N), SPLITS) * BLOCK_N
     first = split * per_split
-    if first >= context:  # implies SPLITS > 1
-        tl.store(lse + result, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=real)
+    if first >= context:
+        store_empty_split(lse, result, real, BLOCK_M)
         return
     dims = tl.arange(0, HEAD_DIM)
     q_tile = tl.load(q + pair[:, None] * HEAD_DIM + dims[None, :], mask=real[:, None], other=0)
@@ -115,46 +118,7 @@ def _split_kernel(
         BLOCK_N,
         True,
     )
-    # The first of several query tokens may see nothing of the last range: 0 / 0 must not be.
-    acc /= tl.where(total > 0, total, 1.0)[:, None]
-    places = values + result[:, None] * HEAD_DIM + dims[None, :]
-    tl.store(places, acc.to(values.dtype.element_ty), mask=real[:, None])
-    if SPLITS > 1:
-        tl.store(lse + result, top + tl.log2(total), mask=real)
-
-
-@triton.jit(do_not_specialize=["query_start", "num_tokens", "num_rows"])
-def _merge_kernel(
-    values,
-    lse,
-    query_start,
-    out,
-    num_tokens,
-    num_rows,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-):
-    """One token and head: out = sum_s 2^(lse[s] - max lse) values[s] / sum_s 2^(...)."""
-    token, head = tl.program_id(0), tl.program_id(1)
-    if token >= tl.load(query_start + num_rows):  # padding: no program left values for it
-        return
-    pair = token.to(tl.int64) * HEADS + head
-    stride = num_tokens.to(tl.int64) * HEADS
-    top = tl.max(tl.load(lse + tl.arange(0, SPLITS) * stride + pair), 0)
-    dims = tl.arange(0, HEAD_DIM)
-    acc, total = tl.zeros([HEAD_DIM], tl.float32), 0.0
-    for start in tl.static_range(0, SPLITS, AT_ONCE):
-        results = (start + tl.arange(0, AT_ONCE)) * stride + pair
-        parts = tl.load(lse + results)
-        weights = tl.exp2(parts - top)
-        # An empty range has written no values: what stands there may be NaN.
-        filled = parts > float("-inf")
-        tile = values + results[:, None] * HEAD_DIM + dims[None, :]
-        acc += tl.sum(weights[:, None] * tl.load(tile, mask=filled[:, None], other=0.0), 0)
-        total += tl.sum(weights, 0)
-    tl.store(out + pair * HEAD_DIM + dims, (acc / total).to(out.dtype.element_ty))
+    store_split(acc, total, top, values, lse, result, real, HEAD_DIM, SPLITS)
 
 
 def decode_attention_triton(
@@ -174,15 +138,11 @@ def decode_attention_triton(
     out = torch.empty_like(q)
     if num_tokens == 0:
         return out
-    assert q.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()
-    assert block_tables.stride(1) == 1 or block_tables.shape[1] == 1
+    check_layout(q, k_cache, v_cache, block_tables)
     table = TABLE_FP32 if q.dtype == torch.float32 else TABLE
-    launch = pick(table, q.device, num_rows * kv_heads)
-    splits, group = launch["SPLITS"], num_heads // kv_heads
-    partial = {"dtype": torch.float32, "device": q.device}
-    lse = torch.empty(splits, num_tokens, num_heads, **partial)
-    values = out if splits == 1 else torch.empty(splits, *q.shape, **partial)
-    _split_kernel[splits, kv_heads, num_rows](
+    launch, group = pick(table, q.device, num_rows * kv_heads), num_heads // kv_heads
+    values, lse = split_buffers(out, launch["SPLITS"])
+    _split_kernel[launch["SPLITS"], kv_heads, num_rows](
         q,
         k_cache,
         v_cache,
@@ -201,15 +161,7 @@ def decode_attention_triton(
         BLOCK_M=max(16, triton.next_power_of_2(group * max_query_len)),
         **launch,
     )
-    if splits > 1:
-        _merge_kernel[num_tokens, num_heads](
-            *(values, lse, query_start, out, num_tokens, num_rows),
-            HEADS=num_heads,
-            HEAD_DIM=head_dim,
-            SPLITS=splits,
-            AT_ONCE=min(splits, MERGED_AT_ONCE),
-            num_warps=1,
-        )
+    merge_splits(values, lse, query_start, out)
     return out
 
 

@@ -7,7 +7,8 @@ Query head i reads K/V head i // (Hq / Hkv). Never reads a slot beyond a row's c
 are reused and those slots may hold anything.
 
 The kernel reads K and V where they lie, through the block table. torch ships nothing that does:
-its paged kernels want pages of 256 tokens, and its plain ones a copy of the cached prefix.
+its paged kernels want pages of 256 tokens, and its plain ones a copy of the cached prefix. A few
+tokens behind a long prefix make few tiles: then keys are split over programs as for decoding.
 """
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
@@ -20,7 +21,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ernie_engine.kernels.launch import DEFAULT, pick
-from ernie_engine.kernels.paged_attention import LOG2_E, attend
+from ernie_engine.kernels.paged_attention import (
+    LOG2_E,
+    STEP_ARGUMENTS,
+    attend,
+    check_layout,
+    merge_splits,
+    split_buffers,
+    store_empty_split,
+    store_split,
+)
 
 # By query tokens of the batch.
 TABLE = {
@@ -40,7 +50,26 @@ CANDIDATES = [
 # Products of fp32 run without tensor cores: tiles of operands must fit into registers.
 TABLE_FP32 = {(DEFAULT, 1 << 20): {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}}
 
+# By programs before keys are split. Not measured yet.
+SPLIT_TABLE = {
+    (DEFAULT, 16): {"SPLITS": 8},
+    (DEFAULT, 64): {"SPLITS": 2},
+    (DEFAULT, 65): {"SPLITS": 1},
+    ("sm_90", 16): {"SPLITS": 16},
+    ("sm_90", 64): {"SPLITS": 4},
+    ("sm_90", 65): {"SPLITS": 1},
+}
+MIN_SPLIT_KEYS = 512
+
 MAX_MASK_ELEMENTS = 1 << 26  # query tokens x context tokens of one masked product
+
+
+def num_splits(num_programs: int, max_context: int, device: torch.device) -> int:
+    """By the number of programs before keys are split, but with MIN_SPLIT_KEYS left for each."""
+    splits = pick(SPLIT_TABLE, device, num_programs)["SPLITS"]
+    while splits > 1 and splits * MIN_SPLIT_KEYS > max_context:
+        splits //= 2
+    return splits
 
 
 @triton.jit
@@ -60,10 +89,6 @@ def _find_row(query_start, num_rows, tile, BLOCK_Q: tl.constexpr):
     return low, tl.load(query_start + low) // BLOCK_Q + low
 
 
-# What differs from step to step, views of larger tensors among it, makes no kernel of its own.
-STEP_ARGUMENTS = ["block_tables", "query_start", "context_lens", "num_rows", "table_width"]
-
-
 @triton.jit(do_not_specialize=STEP_ARGUMENTS)
 def _prefill_kernel(
     q,
@@ -72,8 +97,10 @@ def _prefill_kernel(
     block_tables,
     query_start,
     context_lens,
-    out,
+    values,
+    lse,
     scale,
+    num_tokens,
     num_rows,
     table_width,
     GROUP: tl.constexpr,
@@ -82,11 +109,13 @@ def _prefill_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """BLOCK_M // GROUP query tokens of a row, all heads of a group, against all they may see."""
+    """BLOCK_M // GROUP query tokens of a row, all heads of a group, against one of SPLITS ranges
+    of what they may see -> values [SPLITS, T, Hq, D], lse [SPLITS, T, Hq]."""
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
-    kv_head = tl.program_id(0)
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # a row's last tokens have most to do
+    split, kv_head = tl.program_id(0), tl.program_id(1)
+    tile = tl.num_programs(2) - 1 - tl.program_id(2)  # a row's last tokens have most to do
     row, first_tile = _find_row(query_start, num_rows, tile, BLOCK_Q)
     first_token = tl.load(query_start + row)
     num_queries = tl.load(query_start + row + 1) - first_token
@@ -97,32 +126,36 @@ def _prefill_kernel(
     query = first_query + m // GROUP
     real = (query < num_queries) & (m < BLOCK_Q * GROUP)
     pair = (first_token + query).to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + m % GROUP
-    dims = tl.arange(0, HEAD_DIM)
-    places = pair[:, None] * HEAD_DIM + dims[None, :]
-    q_tile = tl.load(q + places, mask=real[:, None], other=0)
+    result = split.to(tl.int64) * num_tokens * (KV_HEADS * GROUP) + pair
 
-    table = block_tables + row * table_width
     context = tl.load(context_lens + row)
     first_position = context - num_queries + first_query
-    positions = first_position + m // GROUP
-    last = tl.minimum(first_position + BLOCK_Q, context)
+    end = tl.minimum(first_position + BLOCK_Q, context)  # of what the tile may see
+    per_split = tl.cdiv(tl.cdiv(end, BLOCK_N), SPLITS) * BLOCK_N
+    first, last = split * per_split, tl.minimum((split + 1) * per_split, end)
+    if first >= end:
+        store_empty_split(lse, result, real, BLOCK_M)
+        return
     seen_by_all = (first_position + 1) // BLOCK_N * BLOCK_N
+    border = tl.maximum(first, tl.minimum(seen_by_all, last))
+    dims = tl.arange(0, HEAD_DIM)
+    q_tile = tl.load(q + pair[:, None] * HEAD_DIM + dims[None, :], mask=real[:, None], other=0)
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for masked in tl.static_range(2):
         acc, total, top = attend(
             q_tile,
-            positions,
+            first_position + m // GROUP,
             acc,
             total,
             top,
             k_cache,
             v_cache,
-            table,
+            block_tables + row * table_width,
             kv_head,
-            seen_by_all if masked else 0,
-            last if masked else seen_by_all,
+            border if masked else first,
+            last if masked else border,
             scale,
             KV_HEADS,
             HEAD_DIM,
@@ -130,8 +163,7 @@ def _prefill_kernel(
             BLOCK_N,
             masked == 1,
         )
-    acc /= total[:, None]
-    tl.store(out + places, acc.to(out.dtype.element_ty), mask=real[:, None])
+    store_split(acc, total, top, values, lse, result, real, HEAD_DIM, SPLITS)
 
 
 def prefill_attention_triton(
@@ -152,28 +184,34 @@ def prefill_attention_triton(
     out = torch.empty_like(q)
     if num_tokens == 0:
         return out
-    assert q.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()
-    assert block_tables.stride(1) == 1 or block_tables.shape[1] == 1
+    check_layout(q, k_cache, v_cache, block_tables)
     table = TABLE_FP32 if q.dtype == torch.float32 else TABLE
     launch, group = pick(table, q.device, num_tokens), num_heads // kv_heads
     num_tiles = num_tokens // (launch["BLOCK_M"] // group) + num_rows
-    _prefill_kernel[kv_heads, num_tiles](
+    max_context = block_tables.shape[1] * block_size
+    splits = num_splits(num_tiles * kv_heads, max_context, q.device)
+    values, lse = split_buffers(out, splits)
+    _prefill_kernel[splits, kv_heads, num_tiles](
         q,
         k_cache,
         v_cache,
         block_tables,
         query_start,
         context_lens,
-        out,
+        values,
+        lse,
         scale * LOG2_E,
+        num_tokens,
         num_rows,
         block_tables.stride(0),
         GROUP=group,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
+        SPLITS=splits,
         **launch,
     )
+    merge_splits(values, lse, query_start, out)
     return out
 
 

@@ -247,6 +247,21 @@ def test_prefill_tiles(monkeypatch, dtype, block_m, block_n):
     check("prefill", make(LONG_PREFILLS, (5, 1), 16, dtype))
 
 
+@half_and_single
+@pytest.mark.parametrize("splits", [2, 8])
+def test_prefill_splits(monkeypatch, dtype, splits):
+    monkeypatch.setattr(prefill, "SPLIT_TABLE", {(DEFAULT, 1): {"SPLITS": splits}})
+    monkeypatch.setattr(prefill, "MIN_SPLIT_KEYS", 1)
+    check("prefill", make(LONG_PREFILLS, (5, 1), 16, dtype))
+
+
+def test_splits_of_a_prefill_are_long_enough(monkeypatch):
+    monkeypatch.setattr(prefill, "SPLIT_TABLE", {(DEFAULT, 9): {"SPLITS": 8}})
+    contexts = {8 * 512: 8, 8 * 512 - 1: 4, 1024: 2, 1023: 1, 16: 1}
+    for context, splits in contexts.items():
+        assert prefill.num_splits(9, context, torch.device("cpu")) == splits
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_padding_behind_the_last_row_is_left_alone(name):
     """A captured graph is given more tokens than a step has."""
