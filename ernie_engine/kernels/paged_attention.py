@@ -1,10 +1,9 @@
 """What prefill and decode attention share: one tile of queries against a range of paged keys.
 
-Owns the running softmax, the read through the block table, and how the ranges of a context that
-was split come together: each leaves its normalised values and the logarithm of its softmax's
-denominator, a second launch weighs them, in order. A tile's rows are (query token, head of the
-group) pairs that share one K/V head, so that a key is read once for all of them. Never reads a
-slot at or after `last`, and never decides what a program works on.
+Owns the running softmax over keys read through the block table, and how a context that was split
+comes together: each range leaves its normalised values and the logarithm of its softmax's
+denominator, a second launch weighs them, in order. A tile's rows are (query token, head) pairs
+that share one K/V head: a key is read once for all. Never reads a slot at or after `last`.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
