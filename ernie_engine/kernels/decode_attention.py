@@ -5,13 +5,165 @@
 The same maths and arguments as prefill_attention; the shape of the work differs: here reading
 the cache is the cost. Never reads a slot beyond a row's context: blocks are reused and those
 slots may hold anything, NaN too.
+
+The kernel cuts each context into `SPLITS` ranges, a program each, or one long row would keep
+one program busy and the card idle; a second launch puts them together. Grids depend on the
+shapes of tensors alone: ranges that a short row does not fill end at once.
 """
+
+# pyright: reportArgumentType=false, reportCallIssue=false
+# (a launch gives ints where a kernel has constexprs, and options that it has no parameter for)
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from ernie_engine.kernels.launch import DEFAULT, pick
+from ernie_engine.kernels.paged_attention import (
+    LOG2_E,
+    STEP_ARGUMENTS,
+    attend,
+    check_layout,
+    merge_splits,
+    split_buffers,
+    store_empty_split,
+    store_split,
+)
+
+# By rows x K/V heads, the number of programs before a context is split.
+TABLE = {
+    (DEFAULT, 16): {"SPLITS": 8, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+    (DEFAULT, 128): {"SPLITS": 4, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+    (DEFAULT, 512): {"SPLITS": 1, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+    # Not measured yet: two programs a multiprocessor at one row of 21B, four at more.
+    ("sm_90", 2): {"SPLITS": 128, "BLOCK_N": 32, "num_warps": 4, "num_stages": 5},
+    ("sm_90", 8): {"SPLITS": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 5},
+    ("sm_90", 32): {"SPLITS": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+    ("sm_90", 128): {"SPLITS": 8, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+    ("sm_90", 512): {"SPLITS": 2, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+    ("sm_90", 1024): {"SPLITS": 1, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+}
+CANDIDATES = [
+    {"SPLITS": splits, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+    for splits in (1, 2, 4, 8, 16, 32, 64, 128)
+    for n, warps in ((32, 2), (32, 4), (64, 2), (64, 4), (128, 4))
+    for stages in (3, 5)  # two a step: block ids, then keys
+]
+# Products of fp32 run without tensor cores: tiles of operands must fit into registers.
+TABLE_FP32 = {
+    (DEFAULT, 16): {"SPLITS": 8, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
+    (DEFAULT, 128): {"SPLITS": 4, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
+    (DEFAULT, 512): {"SPLITS": 1, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
+}
 MAX_GATHERED_TOKENS = 1 << 18  # rows x longest context of one padded batch
+
+
+@triton.jit(do_not_specialize=STEP_ARGUMENTS)
+def _split_kernel(
+    q,
+    k_cache,
+    v_cache,
+    block_tables,
+    query_start,
+    context_lens,
+    values,
+    lse,
+    scale,
+    num_tokens,
+    table_width,
+    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """One row, K/V head and range of keys -> values [SPLITS, T, Hq, D], lse [SPLITS, T, Hq]."""
+    split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first_token = tl.load(query_start + row)
+    num_queries = tl.load(query_start + row + 1) - first_token
+    context = tl.load(context_lens + row)
+    if num_queries == 0:
+        return
+    m = tl.arange(0, BLOCK_M)
+    real = m < num_queries * GROUP
+    head = kv_head * GROUP + m % GROUP
+    pair = (first_token + m // GROUP).to(tl.int64) * (KV_HEADS * GROUP) + head
+    result = split.to(tl.int64) * num_tokens * (KV_HEADS * GROUP) + pair
+    per_split = tl.cdiv(tl.cdiv(context, BLOCK_N), SPLITS) * BLOCK_N
+    first = split * per_split
+    if first >= context:
+        store_empty_split(lse, result, real, BLOCK_M)
+        return
+    dims = tl.arange(0, HEAD_DIM)
+    q_tile = tl.load(q + pair[:, None] * HEAD_DIM + dims[None, :], mask=real[:, None], other=0)
+    acc, total, top = attend(
+        q_tile,
+        context - num_queries + m // GROUP,
+        tl.zeros([BLOCK_M, HEAD_DIM], tl.float32),
+        tl.zeros([BLOCK_M], tl.float32),
+        tl.full([BLOCK_M], float("-inf"), tl.float32),
+        k_cache,
+        v_cache,
+        block_tables + row * table_width,
+        kv_head,
+        first,
+        tl.minimum(first + per_split, context),
+        scale,
+        KV_HEADS,
+        HEAD_DIM,
+        BLOCK_SIZE,
+        BLOCK_N,
+        True,
+    )
+    store_split(acc, total, top, values, lse, result, real, HEAD_DIM, SPLITS)
+
+
+def decode_attention_triton(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    max_query_len: int,
+) -> Tensor:
+    """As the twin, all tensors contiguous (block_tables: its rows). D and block_size are powers
+    of two, D at least 16. Tokens from query_start[R] on are padding and left unwritten."""
+    (num_tokens, num_heads, head_dim), num_rows = q.shape, len(context_lens)
+    block_size, kv_heads = k_cache.shape[1:3]
+    out = torch.empty_like(q)
+    if num_tokens == 0:
+        return out
+    check_layout(q, k_cache, v_cache, block_tables)
+    table = TABLE_FP32 if q.dtype == torch.float32 else TABLE
+    launch, group = pick(table, q.device, num_rows * kv_heads), num_heads // kv_heads
+    values, lse = split_buffers(out, launch["SPLITS"])
+    _split_kernel[launch["SPLITS"], kv_heads, num_rows](
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        query_start,
+        context_lens,
+        values,
+        lse,
+        scale * LOG2_E,
+        num_tokens,
+        block_tables.stride(0),
+        GROUP=group,
+        KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        BLOCK_M=max(16, triton.next_power_of_2(group * max_query_len)),
+        **launch,
+    )
+    merge_splits(values, lse, query_start, out)
+    return out
 
 
 def _gather_context(cache: Tensor, block_tables: Tensor, token: Tensor) -> Tensor:
@@ -76,4 +228,6 @@ def decode_attention_torch(
     return out
 
 
-IMPLEMENTATIONS = {"decode_attention": {"torch": decode_attention_torch}}
+IMPLEMENTATIONS = {
+    "decode_attention": {"triton": decode_attention_triton, "torch": decode_attention_torch}
+}

@@ -5,13 +5,34 @@
 Each w * y is rounded to the dtype; the k of them are summed in fp32, in the order of ids, and
 rounded once. With experts dealt out over ranks, those of other ranks add nothing here and the
 sum is a partial one. Never sees the router's bias, nor shared experts.
+
+Two sets of kernels by the number of tokens: moe_few.py reads each token's experts for itself,
+moe_grouped.py sorts the tokens by expert so that each expert is read once.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ernie_engine.kernels.launch import DEFAULT, pick
+from ernie_engine.kernels.moe_few import moe_experts_few
+from ernie_engine.kernels.moe_grouped import moe_experts_grouped
 from ernie_engine.kernels.swiglu import swiglu_torch
+
+# By tokens: 1 = without sorting. Not measured yet: at 2 tokens of 21B 11.4 of 12 chosen experts
+# are different ones under uniform routing, at 4 tokens 21 of 24, at 8 tokens 35 of 48.
+FEW = {(DEFAULT, 4): {"FEW": 1}, (DEFAULT, 5): {"FEW": 0}}
+
+
+def moe_experts_triton(
+    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor, first_expert: int = 0
+) -> Tensor:
+    """As the twin; all tensors contiguous."""
+    assert all(t.is_contiguous() for t in (x, gate_up, down, weights, ids))
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    experts = moe_experts_few if pick(FEW, x.device, len(x))["FEW"] else moe_experts_grouped
+    return experts(x, gate_up, down, weights, ids, first_expert)
 
 
 def moe_experts_torch(
@@ -42,4 +63,4 @@ def moe_experts_torch(
     return total.to(x.dtype)
 
 
-IMPLEMENTATIONS = {"moe_experts": {"torch": moe_experts_torch}}
+IMPLEMENTATIONS = {"moe_experts": {"triton": moe_experts_triton, "torch": moe_experts_torch}}

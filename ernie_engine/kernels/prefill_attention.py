@@ -5,13 +5,214 @@
 A row's query tokens are the last of its context; what stands before them was cached earlier.
 Query head i reads K/V head i // (Hq / Hkv). Never reads a slot beyond a row's context: blocks
 are reused and those slots may hold anything.
+
+The kernel reads K and V where they lie, through the block table. torch ships nothing that does:
+its paged kernels want pages of 256 tokens, and its plain ones a copy of the cached prefix. A few
+tokens behind a long prefix make few tiles: then keys are split over programs as for decoding.
 """
+
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# (a launch gives ints where a kernel has constexprs; a kernel's loops are not Python's)
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from ernie_engine.kernels.launch import DEFAULT, pick
+from ernie_engine.kernels.paged_attention import (
+    LOG2_E,
+    STEP_ARGUMENTS,
+    attend,
+    check_layout,
+    merge_splits,
+    split_buffers,
+    store_empty_split,
+    store_split,
+)
+
+# By query tokens of the batch.
+TABLE = {
+    (DEFAULT, 1 << 20): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+    # Not measured yet: the tiles that Triton's own example of flash attention favours.
+    ("sm_90", 256): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+    ("sm_90", 1 << 20): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 5},
+}
+CANDIDATES = [
+    {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+    for m, n, warps in (
+        *((16, 64, 4), (64, 32, 4), (64, 64, 4), (64, 128, 4)),
+        *((128, 32, 8), (128, 64, 4), (128, 64, 8), (128, 128, 8)),
+    )
+    for stages in (3, 5)  # two a step: block ids, then keys
+]
+# Products of fp32 run without tensor cores: tiles of operands must fit into registers.
+TABLE_FP32 = {(DEFAULT, 1 << 20): {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}}
+
+# By programs before keys are split. Not measured yet.
+SPLIT_TABLE = {
+    (DEFAULT, 16): {"SPLITS": 8},
+    (DEFAULT, 64): {"SPLITS": 2},
+    (DEFAULT, 65): {"SPLITS": 1},
+    ("sm_90", 16): {"SPLITS": 16},
+    ("sm_90", 64): {"SPLITS": 4},
+    ("sm_90", 65): {"SPLITS": 1},
+}
+MIN_SPLIT_KEYS = 512
+
 MAX_MASK_ELEMENTS = 1 << 26  # query tokens x context tokens of one masked product
+
+
+def num_splits(num_programs: int, max_context: int, device: torch.device) -> int:
+    """By the number of programs before keys are split, but with MIN_SPLIT_KEYS left for each."""
+    splits = pick(SPLIT_TABLE, device, num_programs)["SPLITS"]
+    while splits > 1 and splits * MIN_SPLIT_KEYS > max_context:
+        splits //= 2
+    return splits
+
+
+@triton.jit
+def _find_row(query_start, num_rows, tile, BLOCK_Q: tl.constexpr):
+    """The last row whose tiles begin at or before `tile`; the row's first tile.
+
+    Row r's tiles begin at query_start[r] // BLOCK_Q + r: no two rows share one, each has at
+    least as many as it needs and at most one more, and nobody has to count.
+    """
+    low, high = 0, num_rows
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(query_start + middle) // BLOCK_Q + middle <= tile:
+            low = middle
+        else:
+            high = middle
+    return low, tl.load(query_start + low) // BLOCK_Q + low
+
+
+@triton.jit(do_not_specialize=STEP_ARGUMENTS)
+def _prefill_kernel(
+    q,
+    k_cache,
+    v_cache,
+    block_tables,
+    query_start,
+    context_lens,
+    values,
+    lse,
+    scale,
+    num_tokens,
+    num_rows,
+    table_width,
+    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """BLOCK_M // GROUP query tokens of a row, all heads of a group, against one of SPLITS ranges
+    of what they may see -> values [SPLITS, T, Hq, D], lse [SPLITS, T, Hq]."""
+    BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
+    split, kv_head = tl.program_id(0), tl.program_id(1)
+    tile = tl.num_programs(2) - 1 - tl.program_id(2)  # a row's last tokens have most to do
+    row, first_tile = _find_row(query_start, num_rows, tile, BLOCK_Q)
+    first_token = tl.load(query_start + row)
+    num_queries = tl.load(query_start + row + 1) - first_token
+    first_query = (tile - first_tile) * BLOCK_Q
+    if first_query >= num_queries:
+        return
+    m = tl.arange(0, BLOCK_M)
+    query = first_query + m // GROUP
+    real = (query < num_queries) & (m < BLOCK_Q * GROUP)
+    pair = (first_token + query).to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + m % GROUP
+    result = split.to(tl.int64) * num_tokens * (KV_HEADS * GROUP) + pair
+
+    context = tl.load(context_lens + row)
+    first_position = context - num_queries + first_query
+    end = tl.minimum(first_position + BLOCK_Q, context)  # of what the tile may see
+    per_split = tl.cdiv(tl.cdiv(end, BLOCK_N), SPLITS) * BLOCK_N
+    first, last = split * per_split, tl.minimum((split + 1) * per_split, end)
+    if first >= end:
+        store_empty_split(lse, result, real, BLOCK_M)
+        return
+    seen_by_all = (first_position + 1) // BLOCK_N * BLOCK_N
+    border = tl.maximum(first, tl.minimum(seen_by_all, last))
+    dims = tl.arange(0, HEAD_DIM)
+    q_tile = tl.load(q + pair[:, None] * HEAD_DIM + dims[None, :], mask=real[:, None], other=0)
+    acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    for masked in tl.static_range(2):
+        acc, total, top = attend(
+            q_tile,
+            first_position + m // GROUP,
+            acc,
+            total,
+            top,
+            k_cache,
+            v_cache,
+            block_tables + row * table_width,
+            kv_head,
+            border if masked else first,
+            last if masked else border,
+            scale,
+            KV_HEADS,
+            HEAD_DIM,
+            BLOCK_SIZE,
+            BLOCK_N,
+            masked == 1,
+        )
+    store_split(acc, total, top, values, lse, result, real, HEAD_DIM, SPLITS)
+
+
+def prefill_attention_triton(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    max_query_len: int,
+) -> Tensor:
+    """As the twin, all tensors contiguous (block_tables: its rows). D and block_size are powers
+    of two, D at least 16. Tokens from query_start[R] on are padding and left unwritten.
+    `max_query_len` is not needed: the grid is sized by tokens and rows."""
+    (num_tokens, num_heads, head_dim), num_rows = q.shape, len(context_lens)
+    block_size, kv_heads = k_cache.shape[1:3]
+    out = torch.empty_like(q)
+    if num_tokens == 0:
+        return out
+    check_layout(q, k_cache, v_cache, block_tables)
+    table = TABLE_FP32 if q.dtype == torch.float32 else TABLE
+    launch, group = pick(table, q.device, num_tokens), num_heads // kv_heads
+    num_tiles = num_tokens // (launch["BLOCK_M"] // group) + num_rows
+    max_context = block_tables.shape[1] * block_size
+    splits = num_splits(num_tiles * kv_heads, max_context, q.device)
+    values, lse = split_buffers(out, splits)
+    _prefill_kernel[splits, kv_heads, num_tiles](
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        query_start,
+        context_lens,
+        values,
+        lse,
+        scale * LOG2_E,
+        num_tokens,
+        num_rows,
+        block_tables.stride(0),
+        GROUP=group,
+        KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        SPLITS=splits,
+        **launch,
+    )
+    merge_splits(values, lse, query_start, out)
+    return out
 
 
 def _row_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -76,4 +277,6 @@ def prefill_attention_torch(
     return out
 
 
-IMPLEMENTATIONS = {"prefill_attention": {"torch": prefill_attention_torch}}
+IMPLEMENTATIONS = {
+    "prefill_attention": {"triton": prefill_attention_triton, "torch": prefill_attention_torch}
+}

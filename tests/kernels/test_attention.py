@@ -6,7 +6,13 @@ import torch.nn.functional as F
 
 from ernie_engine.kernels import decode_attention as decode
 from ernie_engine.kernels import prefill_attention as prefill
+from ernie_engine.kernels.launch import DEFAULT
+from tests.kernels.tile_check import assert_as_near_as_twin, half_and_single, where_kernels_run
 
+OPS = {
+    "prefill": (prefill.prefill_attention_triton, prefill.prefill_attention_torch),
+    "decode": (decode.decode_attention_triton, decode.decode_attention_torch),
+}
 GROUPS = [(1, 1), (4, 2), (3, 1), (8, 2), (5, 1), (12, 2), (7, 1), (16, 2)]  # of 1 to 8 heads
 
 
@@ -55,17 +61,20 @@ class Case:
             assert torch.equal(tensor.nan_to_num(), old.nan_to_num())
         return out
 
-    def naive(self):  # fp64, one query token and head at a time
-        out, group = [], self.q.shape[1] // self.k_cache.shape[2]
-        queries = self.q.cpu().double().split([n for n, _ in self.rows])
-        for q, k, v, (num_queries, context) in zip(queries, self.k, self.v, self.rows, strict=True):
-            k, v = k.cpu().double(), v.cpu().double()
-            for i in range(num_queries):
-                seen = context - num_queries + i + 1
-                for head in range(q.shape[1]):
-                    p = (k[:seen, head // group] @ q[i, head] * self.scale).softmax(dim=0)
-                    out.append(p @ v[:seen, head // group])
-        return torch.stack(out).view(self.q.shape) if out else self.q.cpu().double()
+    def naive(self):  # fp64, one row and K/V head at a time
+        out = torch.empty_like(self.q, dtype=torch.float64)
+        starts = self.query_start.tolist()
+        group = self.q.shape[1] // self.k_cache.shape[2]
+        for row, (num_queries, context) in enumerate(self.rows):
+            tokens = slice(starts[row], starts[row + 1])
+            seen = context - num_queries + torch.arange(num_queries, device=out.device)
+            mask = torch.arange(context, device=out.device) > seen[:, None, None]  # [n, 1, C]
+            for head in range(self.k_cache.shape[2]):
+                heads = slice(head * group, (head + 1) * group)
+                k, v = self.k[row][:, head].double(), self.v[row][:, head].double()
+                scores = self.q[tokens, heads].double() @ k.T * self.scale
+                out[tokens, heads] = scores.masked_fill(mask, -torch.inf).softmax(dim=-1) @ v
+        return out.cpu()
 
 
 PREFILL_ROWS = [
@@ -189,3 +198,133 @@ def test_decode_twin_bounds_what_it_gathers(monkeypatch, products, assert_near, 
     assert_near(case.run(decode.decode_attention_torch), case.naive())
     assert len(products) == -(-5 // max(1, limit // 30))
     assert all(keys[0] * keys[2] <= max(limit, 30) for _, keys in products)
+
+
+def make(rows, heads, head_dim, dtype, block_size=16):
+    device = where_kernels_run()
+
+    def randn(*shape):
+        return torch.randn(*shape).to(device, dtype)
+
+    return Case(rows, heads, head_dim, randn, device, block_size)
+
+
+def check(name, case, kernel=None):
+    triton, torch_twin = OPS[name]
+    assert_as_near_as_twin(case.run(kernel or triton), case.run(torch_twin), case.naive())
+
+
+# Contexts on both sides of the borders of key tiles; queries that see nothing of the last split.
+LONG_DECODES = [(1, 1), (1, 31), (1, 32), (1, 33), (1, 64), (1, 65), (8, 67), (3, 129), (1, 400)]
+
+
+@half_and_single
+@pytest.mark.parametrize(("splits", "block_n"), [(1, 32), (2, 32), (4, 64), (16, 16), (32, 16)])
+def test_decode_splits(monkeypatch, dtype, splits, block_n):
+    row = {"SPLITS": splits, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 2}
+    for table in ("TABLE", "TABLE_FP32"):
+        monkeypatch.setattr(decode, table, {(DEFAULT, 1): row})
+    check("decode", make(LONG_DECODES, (5, 1), 16, dtype))
+
+
+@half_and_single
+@pytest.mark.parametrize("num_rows", [3, 20, 140])  # a bucket of the table each
+def test_decode_at_each_bucket(dtype, num_rows):
+    rows = [(1, 1 + 41 * row % 97) for row in range(num_rows)]
+    check("decode", make(rows, (2, 1), 16, dtype))
+
+
+# Prompts, chunks and short rows on both sides of the borders of tiles, together.
+LONG_PREFILLS = [(2, 2), (0, 9), (33, 33), (16, 64), (31, 32), (65, 150), (1, 100), (70, 70)]
+
+
+@half_and_single
+@pytest.mark.parametrize(("block_m", "block_n"), [(16, 16), (64, 32), (32, 64)])
+def test_prefill_tiles(monkeypatch, dtype, block_m, block_n):
+    row = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 2}
+    for table in ("TABLE", "TABLE_FP32"):
+        monkeypatch.setattr(prefill, table, {(DEFAULT, 1): row})
+    check("prefill", make(LONG_PREFILLS, (5, 1), 16, dtype))
+
+
+@half_and_single
+@pytest.mark.parametrize("splits", [2, 8])
+def test_prefill_splits(monkeypatch, dtype, splits):
+    monkeypatch.setattr(prefill, "SPLIT_TABLE", {(DEFAULT, 1): {"SPLITS": splits}})
+    monkeypatch.setattr(prefill, "MIN_SPLIT_KEYS", 1)
+    rows = [(2, 2), (0, 9), (9, 64), (13, 130)]  # the short row fills no second range
+    check("prefill", make(rows, (5, 1), 16, dtype))
+
+
+def test_splits_of_a_prefill_are_long_enough(monkeypatch):
+    monkeypatch.setattr(prefill, "SPLIT_TABLE", {(DEFAULT, 9): {"SPLITS": 8}})
+    contexts = {8 * 512: 8, 8 * 512 - 1: 4, 1024: 2, 1023: 1, 16: 1}
+    for context, splits in contexts.items():
+        assert prefill.num_splits(9, context, torch.device("cpu")) == splits
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_padding_behind_the_last_row_is_left_alone(name):
+    """A captured graph is given more tokens than a step has."""
+    case = make([(3, 70), (2, 5)], (4, 2), 16, torch.float32)
+    whole = case.run(OPS[name][0])
+    case.q = torch.cat([case.q, case.q.new_full((4, 4, 16), torch.nan)])
+    padded = case.run(OPS[name][0])
+    assert torch.equal(padded[:5], whole)
+    assert padded[5:].isnan().all()  # as the allocation left them
+
+
+@pytest.mark.gpu
+@half_and_single
+@pytest.mark.parametrize("heads", [(20, 4), (8, 1), (2, 2)])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_decode_at_all_lengths(dtype, heads, head_dim):
+    rows = [(1, 131072), (8, 131071), (1, 1), (1, 32768), (4, 4097), (1, 1025), (2, 2)]
+    check("decode", make(rows, heads, head_dim, dtype))
+    check("decode", make(rows[:1], heads, head_dim, dtype))
+
+
+@pytest.mark.gpu
+@half_and_single
+@pytest.mark.parametrize("heads", [(20, 4), (8, 1), (2, 2)])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_prefill_at_all_lengths(dtype, heads, head_dim):
+    rows = [(20, 131072), (1, 131071), (1, 1), (300, 300), (129, 4096), (64, 1025)]
+    check("prefill", make(rows, heads, head_dim, dtype))
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"), [("decode", [(1, 40), (2, 90)]), ("prefill", [(20, 40), (3, 90)])]
+)
+def test_planted_errors_are_found(name, rows):
+    case = make(rows, (4, 2), 32, torch.float16)
+    kernel = OPS[name][0]
+
+    def one_percent_in_a_tile(*args):
+        out = kernel(*args)
+        out[:2, 2:] *= 1.01
+        return out
+
+    def unwritten_row(*args):
+        out = kernel(*args)
+        out[-1] = torch.empty_like(out[-1])
+        return out
+
+    def another_block(q, k_cache, v_cache, block_tables, *rest):
+        block_tables = block_tables.clone()
+        block_tables[1, 1] = block_tables[1, 2]  # holds numbers, but of other tokens
+        return kernel(q, k_cache, v_cache, block_tables, *rest)
+
+    def table_off_by_one(q, k_cache, v_cache, block_tables, *rest):
+        return kernel(q, k_cache, v_cache, block_tables.roll(1, dims=1), *rest)
+
+    def one_key_less(q, k_cache, v_cache, block_tables, query_start, context_lens, *rest):
+        return kernel(q, k_cache, v_cache, block_tables, query_start, context_lens - 1, *rest)
+
+    check(name, case)
+    for wrong in (
+        *(one_percent_in_a_tile, unwritten_row),
+        *(another_block, table_off_by_one, one_key_less),
+    ):
+        with pytest.raises(AssertionError, match="worst tile"):
+            check(name, case, wrong)

@@ -2,7 +2,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ernie_engine.kernels import moe, moe_grouped
+from ernie_engine.kernels.launch import DEFAULT
 from ernie_engine.kernels.moe import moe_experts_torch
+from ernie_engine.kernels.moe_few import moe_experts_few
+from ernie_engine.kernels.moe_grouped import moe_experts_grouped, sort_by_expert
+from tests.kernels.tile_check import assert_as_near_as_twin, half_and_single, where_kernels_run
 
 
 def naive(x, gate_up, down, weights, ids):  # fp64, one token and choice at a time
@@ -75,32 +80,39 @@ def test_experts_dealt_out_whole_add_up(moe_experts, dtype, randn, assert_near, 
     assert_near(total.to(dtype), naive(x, gate_up, down, weights, ids), factor=2)
 
 
-def constant_experts(values, device):
-    """Experts whose output for x = 1 is the given value, exactly: silu(32) is 32 in bf16."""
-    values = torch.tensor(values, device=device)
+def constant_experts(values, dtype, device):
+    """Experts whose output for x = 1 is the given value, exactly: silu(32) is 32 in half types."""
     gate_up = torch.tensor([[32.0], [1 / 32]], device=device).expand(len(values), 2, 1)
-    down = values.view(-1, 1, 1)
-    return gate_up.bfloat16().contiguous(), down.bfloat16()
+    down = torch.tensor(values, device=device).view(-1, 1, 1)
+    return gate_up.to(dtype).contiguous(), down.to(dtype)
 
 
-def test_sum_is_wider_than_the_dtype(moe_experts, device):
-    # In bf16 256 + 1 is 256 again; in fp32 the ones add up.
-    gate_up, down = constant_experts([256.0, 1.0, 1.0, 1.0, 1.0], device)
-    x = torch.ones(1, 1, dtype=torch.bfloat16, device=device)
+def only_half(dtype):
+    if dtype.itemsize != 2:
+        pytest.skip("the sum is not wider than this dtype")
+
+
+def test_sum_is_wider_than_the_dtype(moe_experts, device, dtype):
+    # In the half types 2 / eps + 1 is 2 / eps again; in fp32 the ones add up.
+    only_half(dtype)
+    large = 2 / torch.finfo(dtype).eps
+    gate_up, down = constant_experts([large, 1.0, 1.0, 1.0, 1.0], dtype, device)
+    x = torch.ones(1, 1, dtype=dtype, device=device)
     ids = torch.arange(5, device=device)[None]
-    y = moe_experts(x, gate_up, down, torch.ones_like(ids, dtype=x.dtype), ids)
-    assert y.item() == 260
+    y = moe_experts(x, gate_up, down, torch.ones_like(ids, dtype=dtype), ids)
+    assert y.item() == large + 4
 
 
-def test_each_product_with_a_weight_is_rounded(moe_experts, device):
-    values, weights = torch.rand(40, 7).bfloat16() + 1, torch.rand(40, 7).bfloat16()
-    rounded = (values * weights).float().sum(dim=1).bfloat16()
-    unrounded = (values.float() * weights.float()).sum(dim=1).bfloat16()
+def test_each_product_with_a_weight_is_rounded(moe_experts, device, dtype):
+    only_half(dtype)
+    values, weights = torch.rand(40, 7).to(dtype) + 1, torch.rand(40, 7).to(dtype)
+    rounded = (values * weights).float().sum(dim=1).to(dtype)
+    unrounded = (values.float() * weights.float()).sum(dim=1).to(dtype)
     assert (rounded != unrounded).any()
-    x = torch.ones(1, 1, dtype=torch.bfloat16, device=device)
+    x = torch.ones(1, 1, dtype=dtype, device=device)
     ids = torch.arange(7, device=device)[None]
     for value, weight, expected in zip(values, weights, rounded, strict=True):
-        gate_up, down = constant_experts(value.tolist(), device)
+        gate_up, down = constant_experts(value.tolist(), dtype, device)
         assert moe_experts(x, gate_up, down, weight[None].to(device), ids).item() == expected
 
 
@@ -115,3 +127,134 @@ def test_twin_runs_one_pair_of_products_per_expert_in_use(monkeypatch):
     x, gate_up, down, weights, _ = make(torch.randn, 4, 9, 8, 8, 2)
     moe_experts_torch(x, gate_up, down, weights, torch.tensor([[1, 7], [7, 2], [7, 1], [2, 7]]))
     assert rows == [2, 2, 2, 2, 4, 4]  # experts 1, 2, 7
+
+
+# The two sets of Triton kernels, each at sizes that the choice by size would not give it.
+
+BOTH = pytest.mark.parametrize("kernels", [moe_experts_few, moe_experts_grouped])
+
+
+def make_there(dtype, *sizes):
+    return make(lambda *shape: torch.randn(*shape).to(where_kernels_run(), dtype), *sizes)
+
+
+def check(kernels, case, first_expert=0):
+    """case: the matrices of all experts; the kernels are given those from first_expert on."""
+    x, gate_up, down, weights, ids = case
+    mine = x, gate_up[first_expert:], down[first_expert:], weights, ids, first_expert
+    weights = weights.where(ids >= first_expert, 0)
+    exact = naive(x, gate_up, down, weights, ids)
+    assert_as_near_as_twin(kernels(*mine), moe_experts_torch(*mine), exact)
+
+
+SIZES = [
+    (1, 64, 33, 17, 6),  # most experts without a token
+    (32, 2, 8, 1, 1),
+    (3, 9, 300, 40, 2),  # more columns than are read at once
+    (2, 3, 16, 270, 3),  # in the second product, too; every expert has every token
+    (20, 2, 70, 20, 2),  # experts of more than one tile
+]
+
+
+@half_and_single
+@BOTH
+@pytest.mark.parametrize("sizes", SIZES)
+def test_both_sets(dtype, kernels, sizes):
+    check(kernels, make_there(dtype, *sizes))
+
+
+@half_and_single
+@BOTH
+def test_both_sets_with_a_share_of_the_experts(dtype, kernels):
+    case = make_there(dtype, 7, 8, 24, 20, 2)
+    check(kernels, case, first_expert=3)
+    case[-1][:] = torch.tensor([1, 0])
+    assert (kernels(*(t[5:] if i in (1, 2) else t for i, t in enumerate(case)), 5) == 0).all()
+
+
+@pytest.mark.parametrize("block_m", [16, 32, 64])
+def test_grouped_at_each_tile(monkeypatch, block_m):
+    monkeypatch.setattr(moe_grouped, "TILE_TABLE", {(DEFAULT, 1): {"BLOCK_M": block_m}})
+    check(moe_experts_grouped, make_there(torch.float16, 90, 3, 40, 70, 2))
+
+
+@BOTH
+def test_roundings_are_the_twins(kernels):
+    """With sums of one term only roundings are left; one left out changes many a result."""
+    case = make_there(torch.float16, 150, 5, 1, 1, 2)
+    same = kernels(*case) == moe_experts_torch(*case)
+    assert same.double().mean() > 0.98  # two exponentials may fall on two sides of a border
+
+
+@BOTH
+def test_the_same_bits_again(kernels):
+    case = make_there(torch.float32, 5, 6, 40, 24, 3)
+    assert torch.equal(kernels(*case), kernels(*case))
+
+
+@pytest.mark.parametrize(("num_tokens", "chosen"), [(1, "few"), (4, "few"), (5, "grouped")])
+def test_choice_by_size(monkeypatch, num_tokens, chosen):
+    calls = []
+    for name in ("few", "grouped"):
+        record = lambda *args, name=name: calls.append(name)  # noqa: E731
+        monkeypatch.setattr(moe, f"moe_experts_{name}", record)
+    moe.moe_experts_triton(*make(torch.randn, num_tokens, 4, 8, 8, 2))
+    assert calls == [chosen]
+
+
+def check_sort(ids, num_experts, first_expert, block_m):
+    """Every local entry in exactly one tile, in a tile of its own expert, in order."""
+    order, bounds = sort_by_expert(ids.to(where_kernels_run()), num_experts, first_expert, block_m)
+    local = ids.flatten() - first_expert
+    key = local.where((local >= 0) & (local < num_experts), num_experts)
+    num_local = int((key < num_experts).sum())
+    expected = key.argsort(stable=True)[:num_local]
+    assert torch.equal(order[:num_local].cpu().long(), expected)
+    covered = []
+    for expert, first, last in bounds.cpu().T.tolist():
+        assert 0 <= expert < num_experts and 0 <= last - first <= block_m
+        assert (local[expected[first:last]] == expert).all()
+        covered += range(first, last)
+    assert covered == list(range(num_local))
+
+
+@pytest.mark.parametrize("block_m", [16, 32])
+@pytest.mark.parametrize(("num_experts", "first_expert"), [(1, 0), (5, 0), (5, 3)])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (33, 2), (100, 4)])
+def test_sort(monkeypatch, shape, num_experts, first_expert, block_m):
+    row = {"BLOCK": 64, "num_warps": 4}  # so that a program goes round several times
+    monkeypatch.setattr(moe_grouped, "SORT_TABLE", {(DEFAULT, 1): row})
+    ids = torch.randint(0, first_expert + num_experts + 2, shape)
+    check_sort(ids, num_experts, first_expert, block_m)
+    for expert in (0, first_expert, first_expert + num_experts - 1, first_expert + num_experts):
+        check_sort(torch.full(shape, expert), num_experts, first_expert, block_m)
+
+
+@BOTH
+def test_planted_errors_are_found(kernels):
+    case = make_there(torch.float16, 18, 5, 40, 8, 2)
+
+    def one_percent_in_a_tile(*args):
+        y = kernels(*args)
+        y[:16, 32:] *= 1.01
+        return y
+
+    def unwritten_row(*args):
+        y = kernels(*args)
+        y[7] = torch.empty_like(y[7])
+        return y
+
+    def wrong_expert(x, gate_up, down, weights, ids, first_expert):
+        ids = ids.clone()
+        ids[17, 1] = (set(range(5)) - set(ids[17].tolist())).pop()
+        return kernels(x, gate_up, down, weights, ids, first_expert)
+
+    def swapped_weights(x, gate_up, down, weights, ids, first_expert):
+        weights = weights.clone()
+        weights[0] = weights[0].flip(0)
+        return kernels(x, gate_up, down, weights, ids, first_expert)
+
+    check(kernels, case)
+    for wrong in (one_percent_in_a_tile, unwritten_row, wrong_expert, swapped_weights):
+        with pytest.raises(AssertionError, match="worst tile"):
+            check(wrong, case)

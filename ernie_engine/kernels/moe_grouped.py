@@ -1,0 +1,278 @@
+"""The routed experts for many tokens, as products over tokens sorted by expert: see moe.py.
+
+    sort      entries (a token's choices) by expert; a list of tiles, each of one expert
+    gate-up   a tile x rows of gate and up -> swiglu, in sorted order
+    down      a tile x rows of down -> times the token's weight, back in the entries' order
+    sum       the k results of each token, in the order of its choices
+
+The tile list is made on the device, in places that need no counting on the host: grids are upper
+bounds fixed by shapes, surplus programs end at once. Weights are the left operand: their rows
+fill the tensor cores' tile however few tokens an expert has. Never synchronises with the host,
+and no sum depends on a race.
+"""
+
+# pyright: reportArgumentType=false
+# (a launch gives ints where a kernel has constexprs)
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ernie_engine.kernels.launch import DEFAULT, pick
+from ernie_engine.kernels.linear import load_columns
+from ernie_engine.kernels.moe_few import silu_product
+
+# By tokens, not measured yet. BLOCK_M: entries of a tile, of one size for both products.
+TILE_TABLE = {
+    (DEFAULT, 64): {"BLOCK_M": 16},
+    (DEFAULT, 256): {"BLOCK_M": 32},
+    (DEFAULT, 1 << 20): {"BLOCK_M": 64},
+    ("sm_90", 64): {"BLOCK_M": 16},
+    ("sm_90", 256): {"BLOCK_M": 32},
+    ("sm_90", 640): {"BLOCK_M": 64},
+    ("sm_90", 1 << 20): {"BLOCK_M": 128},
+}
+# By BLOCK_M. BLOCK_N: weight rows of a program (of gate and of up each, in the first product).
+GATE_UP_TABLE = {
+    (DEFAULT, 32): {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+    (DEFAULT, 64): {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+    ("sm_90", 32): {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
+    ("sm_90", 64): {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
+    ("sm_90", 128): {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4},
+}
+DOWN_TABLE = {
+    (DEFAULT, 32): {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+    (DEFAULT, 64): {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+    ("sm_90", 32): {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
+    ("sm_90", 64): {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
+    ("sm_90", 128): {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4},
+}
+TILE_CANDIDATES = [{"BLOCK_M": m} for m in (16, 32, 64, 128)]
+# For either product.
+CANDIDATES = [
+    {"BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+    for n, warps in ((64, 4), (128, 4), (128, 8), (256, 8))
+    for k in (64, 128)
+    for stages in (3, 4, 5)
+]
+# Products of fp32 run without tensor cores: tiles of operands must fit into registers.
+TILE_TABLE_FP32 = {(DEFAULT, 1 << 20): {"BLOCK_M": 16}}
+TABLE_FP32 = {
+    (DEFAULT, 16): {"BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
+}
+# By entries. BLOCK: those that a program looks at together.
+SORT_TABLE = {
+    (DEFAULT, 1024): {"BLOCK": 1024, "num_warps": 4},
+    (DEFAULT, 1 << 20): {"BLOCK": 4096, "num_warps": 8},
+}
+SUM_BLOCK = 1024  # columns of a program of the sum
+
+
+class Tiles(NamedTuple):
+    """The work of the two products. `order` [T k] holds the entries sorted by expert; tile i is
+    bounds[1, i] .. bounds[2, i] - 1 of it, all of expert bounds[0, i], or empty."""
+
+    order: Tensor  # [T k] int32; an entry is token * k + choice
+    bounds: Tensor  # [3, num_tiles] int32
+
+
+@triton.jit(do_not_specialize=["num_entries", "num_tiles", "first_expert"])
+def _sort_kernel(
+    ids,
+    order,
+    bounds,
+    num_entries,
+    num_tiles,
+    first_expert,
+    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One expert: its entries in order, and its tiles.
+
+    They stand behind the entries of all lower experts, which each program counts for itself. The
+    expert's tiles begin at first // BLOCK_M + expert: no two experts share one, each has at least
+    as many as it needs and at most one more, and the tiles of others need not be known.
+    """
+    expert = tl.program_id(0)
+    lower = tl.zeros([BLOCK], tl.int32)
+    own = tl.zeros([BLOCK], tl.int32)
+    for start in tl.range(0, num_entries, BLOCK):
+        entry = start + tl.arange(0, BLOCK)
+        local = tl.load(ids + entry, mask=entry < num_entries, other=-1) - first_expert
+        lower += ((local >= 0) & (local < expert)).to(tl.int32)
+        own += (local == expert).to(tl.int32)
+    first = tl.sum(lower)
+    last = first + tl.sum(own)
+
+    place = first
+    for start in tl.range(0, num_entries, BLOCK):
+        entry = start + tl.arange(0, BLOCK)
+        local = tl.load(ids + entry, mask=entry < num_entries, other=-1) - first_expert
+        mine = (local == expert).to(tl.int32)
+        tl.store(order + place + tl.cumsum(mine, 0) - 1, entry, mask=mine > 0)
+        place += tl.sum(mine)
+
+    first_tile = first // BLOCK_M + expert
+    end_tile = last // BLOCK_M + expert + 1
+    if expert == tl.num_programs(0) - 1:
+        end_tile = num_tiles
+    for start in tl.range(first_tile, end_tile, BLOCK):
+        tile = start + tl.arange(0, BLOCK)
+        begin = tl.minimum(first + (tile - first_tile) * BLOCK_M, last)
+        mine = tile < end_tile
+        tl.store(bounds + tile, tl.zeros([BLOCK], tl.int32) + expert, mask=mine)
+        tl.store(bounds + num_tiles + tile, begin, mask=mine)
+        tl.store(bounds + 2 * num_tiles + tile, tl.minimum(begin + BLOCK_M, last), mask=mine)
+
+
+def sort_by_expert(ids: Tensor, num_experts: int, first_expert: int, block_m: int) -> Tiles:
+    """ids [T, k] -> the tiles of the experts first_expert .. first_expert + num_experts - 1."""
+    num_entries = ids.numel()
+    num_tiles = num_entries // block_m + num_experts
+    order = torch.empty(num_entries, dtype=torch.int32, device=ids.device)
+    bounds = torch.empty(3, num_tiles, dtype=torch.int32, device=ids.device)
+    _sort_kernel[(num_experts,)](
+        *(ids, order, bounds, num_entries, num_tiles, first_expert),
+        BLOCK_M=block_m,
+        **pick(SORT_TABLE, ids.device, num_entries),
+    )
+    return Tiles(order, bounds)
+
+
+@triton.jit(do_not_specialize=["num_tiles"])
+def _gate_up_kernel(
+    x,
+    gate_up,
+    order,
+    bounds,
+    hidden,
+    num_tiles,
+    TOP_K: tl.constexpr,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """x [T, H], gate_up [E, 2 I, H] -> hidden [T k, I] in sorted order: a tile, BLOCK_N rows."""
+    tile = tl.program_id(1)
+    first, last = tl.load(bounds + num_tiles + tile), tl.load(bounds + 2 * num_tiles + tile)
+    if first >= last:
+        return
+    expert = tl.load(bounds + tile).to(tl.int64)
+    place = first + tl.arange(0, BLOCK_M)
+    token = tl.load(order + place, mask=place < last, other=0) // TOP_K
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_rows = x + token * H
+    gate_rows = gate_up + (expert * (2 * I) + row) * H
+    up_rows = gate_rows + I * H
+    gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in tl.range(0, H, BLOCK_K):
+        x_tile = tl.trans(load_columns(x_rows, place < last, start, H, BLOCK_K))
+        gate_tile = load_columns(gate_rows, row < I, start, H, BLOCK_K)
+        up_tile = load_columns(up_rows, row < I, start, H, BLOCK_K)
+        gate = tl.dot(gate_tile, x_tile, gate, input_precision="ieee")
+        up = tl.dot(up_tile, x_tile, up, input_precision="ieee")
+    y = silu_product(gate, up, hidden.dtype.element_ty)
+    places = hidden + place.to(tl.int64)[None, :] * I + row[:, None]
+    tl.store(places, y, mask=(row < I)[:, None] & (place < last)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_tiles"])
+def _down_kernel(
+    hidden,
+    down,
+    weights,
+    order,
+    bounds,
+    products,
+    num_tiles,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """hidden [T k, I] sorted, down [E, H, I], weights [T k] -> products [T k, H], not sorted."""
+    tile = tl.program_id(1)
+    first, last = tl.load(bounds + num_tiles + tile), tl.load(bounds + 2 * num_tiles + tile)
+    if first >= last:
+        return
+    expert = tl.load(bounds + tile).to(tl.int64)
+    place = first + tl.arange(0, BLOCK_M)
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    hidden_rows = hidden + place.to(tl.int64) * I
+    down_rows = down + (expert * H + row) * I
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in tl.range(0, I, BLOCK_K):
+        hidden_tile = tl.trans(load_columns(hidden_rows, place < last, start, I, BLOCK_K))
+        down_tile = load_columns(down_rows, row < H, start, I, BLOCK_K)
+        acc = tl.dot(down_tile, hidden_tile, acc, input_precision="ieee")
+    entry = tl.load(order + place, mask=place < last, other=0)
+    weight = tl.load(weights + entry, mask=place < last, other=0.0).to(tl.float32)
+    y = acc.to(products.dtype.element_ty).to(tl.float32) * weight[None, :]
+    places = products + entry.to(tl.int64)[None, :] * H + row[:, None]
+    inside = (row < H)[:, None] & (place < last)[None, :]
+    tl.store(places, y.to(products.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["first_expert"])
+def _sum_kernel(
+    products,
+    ids,
+    out,
+    first_expert,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """products [T k, H], ids [T, k] -> out [T, H]: fp32 sums in the order of ids."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for choice in tl.static_range(TOP_K):
+        entry = token * TOP_K + choice
+        expert = tl.load(ids + entry) - first_expert
+        # No product was written for other ranks' experts.
+        ours = (expert >= 0) & (expert < NUM_EXPERTS) & (column < H)
+        total += tl.load(products + entry * H + column, mask=ours, other=0.0).to(tl.float32)
+    tl.store(out + token * H + column, total.to(out.dtype.element_ty), mask=column < H)
+
+
+def moe_experts_grouped(
+    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor, first_expert: int = 0
+) -> Tensor:
+    """As the twin, all tensors contiguous, with at least one token."""
+    (num_tokens, hidden_size), top_k = x.shape, ids.shape[1]
+    num_experts, _, width = down.shape
+    wide = x.dtype == torch.float32
+    block_m = pick(TILE_TABLE_FP32 if wide else TILE_TABLE, x.device, num_tokens)["BLOCK_M"]
+    tiles = sort_by_expert(ids, num_experts, first_expert, block_m)
+    num_tiles = tiles.bounds.shape[1]
+    shape = {"H": hidden_size, "I": width, "BLOCK_M": block_m}
+
+    hidden = x.new_empty(ids.numel(), width)
+    launch = pick(TABLE_FP32 if wide else GATE_UP_TABLE, x.device, block_m)
+    grid = triton.cdiv(width, launch["BLOCK_N"]), num_tiles
+    _gate_up_kernel[grid](x, gate_up, *tiles, hidden, num_tiles, TOP_K=top_k, **shape, **launch)
+
+    products = x.new_empty(ids.numel(), hidden_size)
+    launch = pick(TABLE_FP32 if wide else DOWN_TABLE, x.device, block_m)
+    grid = triton.cdiv(hidden_size, launch["BLOCK_N"]), num_tiles
+    _down_kernel[grid](hidden, down, weights, *tiles, products, num_tiles, **shape, **launch)
+
+    out = torch.empty_like(x)
+    block = min(SUM_BLOCK, triton.next_power_of_2(hidden_size))
+    _sum_kernel[num_tokens, triton.cdiv(hidden_size, block)](
+        *(products, ids, out, first_expert),
+        NUM_EXPERTS=num_experts,
+        TOP_K=top_k,
+        H=hidden_size,
+        BLOCK=block,
+    )
+    return out
