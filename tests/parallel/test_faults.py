@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from ernie_engine import EngineDeadError, SamplingParams
+from ernie_engine.engine import ranks
+from ernie_engine.model import startup
 from tests.processes import is_alive
 from tests.tiny import open_engine, token_ids
 
@@ -82,6 +84,29 @@ def test_an_idle_engine_notices_too(tiny, number):
             time.sleep(0.05)
         with pytest.raises(EngineDeadError, match="it was idle"):
             engine.generate([[5]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_lost_while_weights_are_loaded_is_named_in_time(tiny, monkeypatch, number):
+    """The other one has loaded its own long before, and waits."""
+    began, children = [], []
+    start = ranks.Children
+
+    def slow_load(parts, parameters, checkpoint, expected, progress, on_part):
+        time.sleep(2)
+        began.append(time.monotonic())
+        os.kill(children[0]._processes[1].pid, number)
+        while time.monotonic() < began[0] + 20:
+            on_part()
+            time.sleep(0.01)
+
+    monkeypatch.setattr(startup, "load_weights", slow_load)
+    monkeypatch.setattr(ranks, "Children", lambda *a: children.append(start(*a)) or children[0])
+    with pytest.raises(EngineDeadError, match=r"rank 1 \(.*it was (loading|compiling)"):
+        open_engine(tiny, tensor_parallel_size=2, peer_timeout_seconds=4)
+    assert time.monotonic() - began[0] < 8
+    assert children[0].end_of(1) is not None
 
 
 @pytest.mark.slow
