@@ -25,6 +25,7 @@ moe_layer_end_index moe_layer_interval moe_layer_start_index moe_norm_min moe_nu
 moe_num_shared_experts num_attention_heads num_hidden_layers num_key_value_heads rms_norm_eps
 tie_word_embeddings use_bias vocab_size
 """
+TIE_STEP = 2.0**-14  # some units in the last place of a bias, far below what a router decides by
 CHAT_TEMPLATE = resources.files("ernie_engine.text") / "pt.jinja"
 
 
@@ -33,6 +34,20 @@ def bias_offset(layer: int) -> float:
     of hundredths. It changes no choice of experts in float32, and makes bfloat16 visibly wrong.
     """
     return 22 + 1.0625 * layer
+
+
+def separated(bias: Tensor) -> Tensor:
+    """Values that are equal or nearly so set a little apart, the lower id first.
+
+    Which of two equal scores torch.topk takes is left to chance, and then the answers of two
+    engines could not be compared one by one.
+    """
+    apart = bias.clone().flatten()
+    highest = float("inf")
+    for i in apart.argsort(descending=True, stable=True).tolist():
+        highest = min(apart[i].item(), highest - TIE_STEP)
+        apart[i] = highest
+    return apart.view_as(bias)
 
 
 def hub_tensors(model: TinyModel) -> dict[str, Tensor]:
@@ -52,7 +67,7 @@ def hub_tensors(model: TinyModel) -> dict[str, Tensor]:
             layer = int(name.split(".")[2])
             centred = tensor.double() - tensor.double().mean()
             hub_name = name.replace(".gate.moe_statics", ".moe_statics")
-            tensors[hub_name] = (centred + bias_offset(layer)).float()
+            tensors[hub_name] = separated((centred + bias_offset(layer)).float())
         else:
             tensors[name] = tensor
     tensors |= {f"model.{name}": tensor for name, tensor in model.mtp.state_dict().items()}

@@ -33,6 +33,9 @@ MTP_NAMES = {
 }
 
 
+REAL = Path(__file__).parents[2] / "models" / "ernie-tiny"
+
+
 def tensors_of(folder: Path) -> dict[str, Tensor]:
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -96,6 +99,20 @@ def test_what_is_written_is_what_was_trained(pieces: bytes, tmp_path: Path, smok
             model(tokens, positions, mask), loaded(tokens, positions, mask), strict=True
         ):
             assert torch.equal(ours, theirs)
+
+
+def test_biases_stand_apart_so_that_no_two_scores_are_equal_by_them():
+    bias = torch.tensor([[27.5, 27.25, 27.5, 27.5, 27.0, 27.25 + 2.0**-19]])
+    apart = checkpoint.separated(bias).flatten()
+    assert (apart.sort().values.diff() >= checkpoint.TIE_STEP).all()
+    assert apart.tolist()[0] == 27.5 and (bias.flatten() - apart <= 2 * checkpoint.TIE_STEP).all()
+    assert apart[0] > apart[2] > apart[3] > apart[5] > apart[1] > apart[4]  # the lower id first
+
+
+def test_the_stored_biases_stand_apart():
+    for name, bias in tensors_of(REAL).items():
+        if name.endswith("e_score_correction_bias"):
+            assert (bias.flatten().sort().values.diff() >= checkpoint.TIE_STEP / 2).all(), name
 
 
 def test_the_bias_has_the_size_of_real_ones(smoke: Settings):

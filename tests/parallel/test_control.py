@@ -213,7 +213,7 @@ def test_a_users_mistake_on_another_rank_is_a_value_error(net):
 
 
 def test_a_hang_ends_everybody_within_the_time_out():
-    net = Net(timeout=1.5)
+    net = Net(timeout=2.5)
     net.vitals[1] = Vitals(State.STEPPING, 4, 3, 10)
     with pytest.raises(PeerLost, match=r"rank 1 .* hangs: a step has made no progress"):
         net.hub.result()
@@ -222,7 +222,7 @@ def test_a_hang_ends_everybody_within_the_time_out():
 
 
 def test_a_silent_rank_0_is_noticed():
-    net = Net(timeout=1.5)
+    net = Net(timeout=2.5)
     net.hub._is_stopping = True
     net.hub._trouble.set()  # its watch ends without a word
     net.wait(lambda: all(spoke.died for spoke in net.spokes.values()))
