@@ -112,7 +112,10 @@ class Hub:
         self._lost: list[int] = []  # ranks whose connection broke, as are:
         self._told: list[tuple[int, str, bool]] = []  # (rank, what it said, a user's mistake?)
         self._is_stopping = False
-        self._thread: threading.Thread | None = None  # once all have come
+        self._thread: threading.Thread | None = None  # once ranks are waited for
+        self._watch = Watch(
+            {0: f"rank 0 ({host_name()}, this process)"}, timeout_seconds, time.monotonic()
+        )
         self._token = secrets.token_hex(32)
         host = "127.0.0.1" if world.is_one_host else world.master_addr
         self._listener = _listen(host, port)
@@ -125,9 +128,12 @@ class Hub:
         """Until every rank has come with the same facts (name -> value). ValueError names the
         first that differs, PeerLost those that did not come."""
         deadline = time.monotonic() + seconds
+        self._guard = Guard(self._timeout)
+        self._thread = _thread("hub-watch", self._look_after)  # who has come hears of us meanwhile
         self._listener.settimeout(INTERVAL_SECONDS)
         missing = set(range(1, self._world.size))
         while missing:
+            self.check()
             for rank in sorted(missing):
                 if self._store.check([_refusal(rank)]):
                     raise ValueError(f"rank {rank}: {self._store.get(_refusal(rank)).decode()}")
@@ -141,13 +147,6 @@ class Hub:
                 continue
             missing.discard(self._greet(sock, missing, facts))
         self._listener.close()
-        names = {0: f"rank 0 ({host_name()}, this process)"}
-        names |= {rank: peer.name for rank, peer in self._peers.items()}
-        self._watch = Watch(names, self._timeout, time.monotonic())
-        self._guard = Guard(self._timeout)
-        for rank, peer in self._peers.items():
-            peer.reader = _thread(f"hub-reader-{rank}", self._read, rank, peer)
-        self._thread = _thread("hub-watch", self._look_after)
 
     def _greet(self, sock: socket.socket, missing: set[int], facts: Mapping[str, Any]) -> int:
         """The rank that has come; -1 if it was a stranger. It is welcome if it has the token."""
@@ -165,10 +164,12 @@ class Hub:
             sock.close()
             return -1
         name = f"rank {rank} ({hello['host']}, pid {hello['pid']})"
-        self._peers[rank] = _Peer(name, Line(sock, self._timeout))
+        self._peers[rank] = peer = _Peer(name, Line(sock, self._timeout))
         if (difference := _difference(facts, hello["facts"])) is not None:
             raise ValueError(f"{name} was started with {difference}: use the same on all hosts")
-        self._peers[rank].line.send(encode_json(WELCOME, {"host": host_name()}))
+        peer.line.send(encode_json(WELCOME, {"host": host_name()}))
+        self._watch.meet(rank, name, time.monotonic())
+        peer.reader = _thread(f"hub-reader-{rank}", self._read, rank, peer)
         return rank
 
     def agree(self, num_blocks: int) -> int:
@@ -208,9 +209,6 @@ class Hub:
     def explain(self, error: Exception) -> Exception:
         """What this rank noticed, or the cause of it if the others know one. Ends all of them."""
         self._told.append((0, str(error), isinstance(error, ValueError)))
-        if self._thread is None:
-            self._send_all(encode_json(FAIL, {"reason": str(error)}))
-            return error
         self._trouble.set()
         self._failed.wait(VERDICT_SECONDS)
         return self.failure or error
@@ -221,8 +219,8 @@ class Hub:
             self._is_stopping = True
             self._send_all(encode_json(STOP, {}))
             for peer in self._peers.values():
-                assert peer.reader is not None
-                peer.reader.join(self._timeout)
+                if peer.reader is not None:
+                    peer.reader.join(self._timeout)
             self._trouble.set()
             self._thread.join()
             self._guard.close()
@@ -233,7 +231,7 @@ class Hub:
     # --- its threads ---
 
     def _send_all(self, payload: bytes) -> None:
-        for rank, peer in self._peers.items():
+        for rank, peer in list(self._peers.items()):  # one may come meanwhile
             if not peer.line.send(payload):
                 self._note_lost(rank)
 
@@ -296,7 +294,7 @@ class Hub:
         self._is_stopping = True
         logger.error("%s", failure)
         word = encode_json(FAIL, {"reason": str(failure)})
-        for peer in self._peers.values():
+        for peer in list(self._peers.values()):
             peer.line.send(word)
         for waiting in (self._results, self._blocks):
             waiting.put(failure)

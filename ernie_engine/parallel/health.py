@@ -52,12 +52,17 @@ class _Record:
 
 
 class Watch:
-    """Hears of all ranks and says which one is lost. `names`: rank -> how to call it."""
+    """Hears of ranks and says which one is lost. `names`: rank -> how to call it."""
 
     def __init__(self, names: Mapping[int, str], timeout_seconds: float, now: float):
-        self._names, self._timeout = names, timeout_seconds
+        self._names, self._timeout = dict(names), timeout_seconds
         self._records = {rank: _Record(Vitals(), now, now) for rank in names}
         self._looked_at = now
+
+    def meet(self, rank: int, name: str, now: float) -> None:
+        """From now on this one is watched too."""
+        self._names[rank] = name
+        self._records[rank] = _Record(Vitals(), now, now)
 
     def hear(self, rank: int, vitals: Vitals, now: float) -> None:
         record = self._records[rank]
@@ -71,7 +76,7 @@ class Watch:
     def look(self, now: float, hangs: bool = True) -> str | None:
         """Who is lost and why; None if nobody is. Without `hangs` only silence counts."""
         self._forgive_own_pause(now)
-        for rank, record in self._records.items():
+        for rank, record in list(self._records.items()):  # one may come meanwhile
             silent = now - record.heard_at
             if silent > _SILENCE * self._timeout:
                 return (
@@ -83,7 +88,7 @@ class Watch:
     def _hang(self, now: float) -> str | None:
         stuck = [
             (record.vitals.progress[1:], self._names[rank], now - record.moved_at)
-            for rank, record in self._records.items()
+            for rank, record in list(self._records.items())
             if record.vitals.state is State.STEPPING and now - record.moved_at > self._timeout
         ]
         if not stuck:

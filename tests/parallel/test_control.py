@@ -293,6 +293,42 @@ def test_ranks_started_differently_are_refused_with_the_difference():
     hub.stop()
 
 
+def test_who_came_first_hears_of_rank_0_while_it_waits_for_the_others():
+    """However long the last one takes; and who is lost meanwhile is named at once."""
+    store, spokes = Store(), {}
+    hub = Hub(world(0), store, 1.5, None, Vitals)
+
+    def join(rank: int, seconds: float) -> None:
+        time.sleep(seconds)
+        spokes[rank] = QuietSpoke(world(rank), store, 1.5, FACTS, Vitals)
+
+    joiners = [threading.Thread(target=join, args=pair) for pair in ((1, 0.0), (2, 2.5))]
+    for joiner in joiners:
+        joiner.start()
+    hub.wait_for_all(FACTS, 10.0)
+    for joiner in joiners:
+        joiner.join()
+    time.sleep(1.0)
+    assert hub.failure is None and not any(spoke.died for spoke in spokes.values())
+    stopper = threading.Thread(target=hub.stop)
+    stopper.start()
+    for spoke in spokes.values():
+        leave(spoke)
+    stopper.join(10)
+
+    hub = Hub(world(0), (store := Store()), 10.0, None, Vitals)
+    threading.Thread(target=lambda: join_and_go(store)).start()
+    with pytest.raises(PeerLost, match=r"rank 1 \(.*, pid \d+\) has ended"):
+        hub.wait_for_all(FACTS, 10.0)
+    hub.stop()
+
+
+def join_and_go(store: Store) -> None:
+    spoke = QuietSpoke(world(1), store, 10.0, FACTS, Vitals)
+    spoke._is_stopping.set()
+    spoke._line.close()
+
+
 def test_ranks_that_do_not_come_are_named():
     hub = Hub(world(0), Store(), 10.0, None, Vitals)
     with pytest.raises(PeerLost, match=r"ranks \[1, 2\] did not join within 0.5 s"):
