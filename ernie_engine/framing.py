@@ -55,7 +55,10 @@ def encode_json(kind: bytes, data: Mapping[str, Any]) -> bytes:
 
 def decode_json(payload: bytes) -> dict[str, Any]:
     """ValueError if it is no JSON object."""
-    data = json.loads(payload[4:])
+    try:
+        data = json.loads(payload[4:])
+    except RecursionError as error:
+        raise ValueError("a frame of JSON is nested too deep") from error
     if not isinstance(data, dict):
         raise ValueError("a frame of JSON holds no object")
     return data

@@ -72,8 +72,7 @@ class Line:
             return None
 
     def close(self) -> None:
-        with suppress(OSError):  # the other side may have closed it
-            self._socket.shutdown(socket.SHUT_RDWR)
+        _cut(self._socket)
         self._socket.close()
 
 
@@ -150,10 +149,13 @@ class Hub:
 
     def _greet(self, sock: socket.socket, missing: set[int], facts: Mapping[str, Any]) -> int:
         """The rank that has come; -1 if it was a stranger. It is welcome if it has the token."""
-        sock.settimeout(HELLO_SECONDS)
+        sock.settimeout(None)
+        overdue = threading.Timer(HELLO_SECONDS, _cut, [sock])  # for all of it, however it drips
+        overdue.start()
         try:
             with sock.makefile("rb") as file:
                 payload = read_frame(file, MAX_HELLO_BYTES)
+            overdue.cancel()
             hello = decode_json(payload or b"")
             rank, token = hello["rank"], str(hello["token"])
             is_ours = hmac.compare_digest(token, self._token) and rank in missing
@@ -161,6 +163,7 @@ class Hub:
             logger.warning("a stranger called at the control port: %s", error)
             is_ours, rank, hello = False, -1, {}
         if not is_ours:
+            overdue.cancel()
             sock.close()
             return -1
         name = f"rank {rank} ({hello['host']}, pid {hello['pid']})"
@@ -425,6 +428,12 @@ def _call(
         why = decode_json(answer)["reason"] if answer else "it closed the connection"
         raise PeerLost(f"rank 0 did not take rank {world.rank} in: {why}")
     return line, str(decode_json(answer)["host"])
+
+
+def _cut(sock: socket.socket) -> None:
+    """End a connection; whoever reads from it sees that."""
+    with suppress(OSError):  # the other side may have closed it
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def _difference(mine: Mapping[str, Any], theirs: Any) -> str | None:

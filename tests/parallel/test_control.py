@@ -243,10 +243,11 @@ def hello(store: Store, **changes) -> dict:
         b"\xff\xff\xff\xff",
         b"",
         framed(b"helo not json"),
+        framed(b"helo" + b"[" * 60_000),
         framed(encode_json(HELLO, {"rank": 1})),
         framed(encode_json(HELLO, {"rank": [], "token": "x", "host": "", "pid": 1, "facts": {}})),
     ],
-    ids=str,
+    ids=lambda data: str(data[:20]),
 )
 def test_strangers_are_turned_away_and_ranks_still_come(data, caplog, monkeypatch):
     monkeypatch.setattr(control, "HELLO_SECONDS", 0.3)
@@ -271,6 +272,30 @@ def test_strangers_are_turned_away_and_ranks_still_come(data, caplog, monkeypatc
     stopper.start()
     leave(spoke)
     stopper.join(10)
+
+
+def test_a_stranger_who_drips_holds_nobody_up(monkeypatch):
+    monkeypatch.setattr(control, "HELLO_SECONDS", 0.4)
+    store = Store()
+    hub = Hub(world(0, 2), store, 10.0, None, Vitals)
+    address = json.loads(store.get("control"))
+
+    def drip() -> None:
+        with socket.create_connection((address["host"], address["port"])) as stranger:
+            for byte in framed(b"helo" + b" " * 1000):
+                try:
+                    stranger.sendall(bytes([byte]))
+                except OSError:
+                    return
+                time.sleep(0.1)
+
+    dripping = threading.Thread(target=drip)
+    dripping.start()
+    with pytest.raises(PeerLost, match="did not join within 1 s"):
+        hub.wait_for_all(FACTS, 1.0)
+    dripping.join(5)
+    assert not dripping.is_alive()
+    hub.stop()
 
 
 def test_ranks_started_differently_are_refused_with_the_difference():
