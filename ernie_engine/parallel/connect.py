@@ -4,6 +4,7 @@ Owns torch.distributed's global state, in this file alone. A program that has se
 itself is told so.
 """
 
+import socket
 from datetime import timedelta
 
 # pyright: reportPrivateImportUsage=false
@@ -19,8 +20,15 @@ from ernie_engine.parallel.world import World
 
 def host_store(size: int, timeout_seconds: float) -> dist.TCPStore:
     """The key-value store where ranks find each other, served by this process on loopback."""
-    timeout = timedelta(seconds=timeout_seconds)
-    return dist.TCPStore("127.0.0.1", 0, size, True, timeout, wait_for_workers=False)
+    listener = socket.create_server(("127.0.0.1", 0))  # the store's own would be on all addresses
+    return dist.TCPStore(
+        *listener.getsockname(),
+        size,
+        True,
+        timedelta(seconds=timeout_seconds),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
 
 
 def join_store(world: World, timeout_seconds: float) -> Store:
