@@ -80,34 +80,40 @@ class Fleet:
         self._is_open = threading.Event()  # or will never be
         seconds = config.distributed_timeout_seconds
         self._children: Children | None = None
-        if world.is_launched:
-            store = join_store(world, seconds)
-        else:
-            store = host_store(world.size, seconds)
-            self._children = Children(config, world.size, store.port)
-        store = own_store(store, world)
+        hosted = None if world.is_launched else host_store(world.size, seconds)
+        store = own_store(hosted or join_store(world, seconds), world)
         self._hub = Hub(
             *(world, store, config.peer_timeout_seconds, config.control_port),
             self._report.vitals,
-            self._children.end_of if self._children else lambda rank: None,
+            lambda rank: self._children.end_of(rank) if self._children else None,
         )
         self._hub.on_failure = self._leave_if_held
         self._mesh: Mesh | None = None
         try:
+            if hosted is not None:
+                self._children = Children(config, world.size, hosted.port)
             self._hub.wait_for_all(facts_of(description), seconds)
             expert_parallel, device = config.enable_expert_parallel, torch.device(config.device)
             self._mesh = connect(store, world, self._grid, device, seconds, expert_parallel)
             runner = open_model(description, self._mesh, self._hub.agree, self._alive)
         except Exception as error:
-            failure = self._hub.explain(error)
-            self._is_open.set()
-            self.close()
+            failure = self._give_up(error)
             if failure is error:
                 raise
             raise failure from error
+        except BaseException:  # Ctrl-C, or SIGTERM of the server
+            self._give_up(EngineDeadError("rank 0 was told to end while it started"))
+            raise
         self._is_open.set()
         self.runner, self.stage = runner, Stage(runner, config.debug)
         self._report.attach(self._mesh, self.stage, runner)
+
+    def _give_up(self, error: Exception) -> Exception:
+        """End the others, and what was begun with them; the cause."""
+        failure = self._hub.explain(error)
+        self._is_open.set()
+        self.close()
+        return failure
 
     def _alive(self, state: State) -> None:
         self._report.state = state

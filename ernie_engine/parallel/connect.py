@@ -70,6 +70,14 @@ def connect(
         world_size=world.size,
         timeout=timedelta(seconds=timeout_seconds),
     )
+    try:
+        return _make_groups(world, grid, device, expert_parallel)
+    except BaseException:
+        _end_groups()  # or this process could have no other engine
+        raise
+
+
+def _make_groups(world: World, grid: Grid, device: torch.device, expert_parallel: bool) -> Mesh:
     stages = [[s * grid.tp + t for t in range(grid.tp)] for s in range(grid.pp)]
     columns = [list(ranks) for ranks in zip(*stages, strict=True)]
     mesh = Mesh(
@@ -97,6 +105,14 @@ def abort(mesh: Mesh) -> None:
     this process would wait for ever. NCCL waits so; gloo notices a closed connection by itself."""
     if mesh.pp_size * mesh.tp_size > 1 and dist.is_initialized() and dist.get_backend() == "nccl":
         _abort_process_group()  # all of them at once: one by one they can wait for each other
+
+
+def _end_groups() -> None:
+    """Without the other ranks: what NCCL has under way with them is not waited for."""
+    if dist.get_backend() == "nccl":
+        _abort_process_group()
+    else:
+        dist.destroy_process_group()
 
 
 def _own_group(partition: list[list[int]], rank: int) -> ProcessGroup | None:

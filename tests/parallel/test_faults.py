@@ -2,10 +2,12 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,6 +127,43 @@ def test_children_end_with_a_program_that_is_killed(tiny):
         while is_alive(child):
             assert time.monotonic() < deadline
             time.sleep(0.05)
+
+
+def children() -> list[int]:
+    """The ranks that this process has started; an ended one that nobody has asked for counts."""
+    found = []
+    for file in Path("/proc/self/task").glob("*/children"):
+        for pid in file.read_text().split():
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            found += [int(pid)] if b"engine.worker" in command else []
+    return found
+
+
+def test_a_control_port_that_is_taken_leaves_no_process_behind(tiny):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"control_port={port}"):
+            open_engine(tiny, tensor_parallel_size=2, control_port=port)
+    assert children() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["ernie_engine.engine.ranks.open_model",
+                                   "ernie_engine.parallel.connect._try_all"])  # fmt: skip
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_what_ends_start_up_leaves_no_process_behind_and_the_program_goes_on(
+    tiny, monkeypatch, where, error
+):
+    def interrupt(*args):
+        raise error("in mid-start")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, interrupt)
+        with pytest.raises((error, EngineDeadError), match="in mid-start"):
+            open_engine(tiny, tensor_parallel_size=2)
+    assert children() == []
+    with open_engine(tiny, tensor_parallel_size=2) as engine:
+        assert engine.generate([[5]], use_tqdm=False)[0].outputs[0].token_ids
 
 
 @pytest.mark.slow
