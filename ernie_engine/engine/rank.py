@@ -37,7 +37,8 @@ class SelfReport:
         begun, done = stage.num_steps, clock.num_steps
         state = State.STEPPING if begun > done else State.IDLE
         peak = _peak_memory(runner.state.device)
-        return Vitals(state, begun, done, mesh.pulse.count, clock.busy_seconds, peak)
+        counts = begun, done, mesh.pulse.count
+        return Vitals(state, mesh.pp_rank, *counts, clock.busy_seconds, peak)
 
 
 def _peak_memory(device: torch.device) -> int:

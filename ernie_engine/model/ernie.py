@@ -131,7 +131,7 @@ class Ernie(nn.Module):
         layers: range | None = None,
     ):
         super().__init__()
-        self.ops, self.tied = ops, config.tie_word_embeddings
+        self.ops, self.tied, self.pulse = ops, config.tie_word_embeddings, place.mesh.pulse
         self.layer_ids = layers = range(config.num_hidden_layers) if layers is None else layers
         first, last = layers.start == 0, layers.stop == config.num_hidden_layers
         rope = rope_table(max_model_len, config.head_dim, config.rope_theta, place.device)
@@ -151,6 +151,7 @@ class Ernie(nn.Module):
         x, residual = stream, None
         for layer in self.layers:
             x, residual = layer(x, residual, batch, kv)
+            self.pulse.beat()
         return x if residual is None else residual + x  # as the next norm would add them
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from ernie_engine.parallel.mesh import Mesh
 def all_reduce(x: Tensor, mesh: Mesh) -> Tensor:
     """Sum of `x` over the tp axis, in place."""
     if mesh.tp_size > 1:
-        dist.all_reduce(x, group=mesh.tp_group)
         mesh.pulse.beat()
+        dist.all_reduce(x, group=mesh.tp_group)
     return x
 
 
@@ -20,8 +20,8 @@ def all_gather_last(x: Tensor, mesh: Mesh) -> Tensor:
     if mesh.tp_size == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(mesh.tp_size)]
-    dist.all_gather(parts, x.contiguous(), group=mesh.tp_group)
     mesh.pulse.beat()
+    dist.all_gather(parts, x.contiguous(), group=mesh.tp_group)
     return torch.cat(parts, dim=-1)
 
 

@@ -21,8 +21,10 @@ from ernie_engine.parallel.world import World
 def host_store(size: int, timeout_seconds: float) -> dist.TCPStore:
     """The key-value store where ranks find each other, served by this process on loopback."""
     listener = socket.create_server(("127.0.0.1", 0))  # the store's own would be on all addresses
+    host, port = listener.getsockname()
     return dist.TCPStore(
-        *listener.getsockname(),
+        host,
+        port,
         size,
         True,
         timedelta(seconds=timeout_seconds),

@@ -22,9 +22,11 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Vitals:
-    """What a rank says of itself, twice a second. `pulse` counts collectives and transfers."""
+    """What a rank says of itself, twice a second. `pulse` counts what it has begun within steps:
+    layers, collectives, transfers; it compares ranks of one `stage` only."""
 
     state: State = State.LOADING
+    stage: int = 0
     steps_begun: int = 0
     steps_done: int = 0
     pulse: int = 0
@@ -42,6 +44,12 @@ class Vitals:
     @property
     def progress(self) -> tuple[State, int, int, int]:
         return self.state, self.steps_begun, self.steps_done, self.pulse
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Of stuck ranks the one with the least holds the others up: all wait for an earlier step,
+        in a step each stage waits for the one before it, and in a stage all for each other."""
+        return self.steps_done, self.stage, self.pulse
 
 
 @dataclass
@@ -86,17 +94,21 @@ class Watch:
         return self._hang(now) if hangs else None
 
     def _hang(self, now: float) -> str | None:
+        """Those who stopped at about the same time count together, whoever was heard of first."""
         stuck = [
-            (record.vitals.progress[1:], self._names[rank], now - record.moved_at)
+            (record.vitals.place, self._names[rank], now - record.moved_at, record.vitals)
             for rank, record in list(self._records.items())
-            if record.vitals.state is State.STEPPING and now - record.moved_at > self._timeout
+            if record.vitals.state is State.STEPPING
+            and now - record.moved_at > self._timeout - 2 * INTERVAL_SECONDS
         ]
-        if not stuck:
+        if not any(seconds > self._timeout for _, _, seconds, _ in stuck):
             return None
-        (_, culprit, seconds), *_ = sorted(stuck)  # the least progress: the others wait for it
+        stuck.sort(key=lambda entry: entry[0])
+        culprit, seconds = stuck[0][1], max(entry[2] for entry in stuck)
         every = "; ".join(
-            f"{name}: {begun} steps begun, {done} done, {pulse} transfers"
-            for (begun, done, pulse), name, _ in sorted(stuck)
+            f"{name}: stage {vitals.stage}, {vitals.steps_begun} steps begun, "
+            f"{vitals.steps_done} done, pulse {vitals.pulse}"
+            for _, name, _, vitals in stuck
         )
         return f"{culprit} hangs: a step has made no progress for {seconds:.0f} s ({every})"
 

@@ -11,7 +11,8 @@ from torch.distributed import ProcessGroup
 
 
 class Pulse:
-    """Counts what a rank has got done, so that a watcher can tell slow from stuck."""
+    """Counts what a rank has begun, so that a watcher can tell slow from stuck, and who waits from
+    whom it waits for."""
 
     def __init__(self) -> None:
         self.count = 0

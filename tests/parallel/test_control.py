@@ -150,7 +150,7 @@ def test_the_fewest_blocks_that_any_rank_has_are_agreed_on(net):
 
 
 def test_vitals_of_all_ranks_are_known(net):
-    net.vitals[1] = Vitals(State.STEPPING, 7, 6, 5, 1.5)
+    net.vitals[1] = Vitals(State.STEPPING, 0, 7, 6, 5, 1.5)
     net.wait(lambda: net.hub.vitals()[1] == net.vitals[1])
     assert net.hub.vitals()[0] == net.vitals[0]
 
@@ -178,7 +178,7 @@ def test_a_plan_is_sent_within_a_tenth_of_a_millisecond_a_rank(net):
 
 
 def test_a_rank_that_ends_without_a_word_is_to_blame_not_the_one_that_noticed(net):
-    net.vitals[2] = Vitals(State.STEPPING, 1)
+    net.vitals[2] = Vitals(State.STEPPING, 0, 1)
     net.wait(lambda: net.hub.vitals()[2].state is State.STEPPING)
     told = encode_json(control.FAIL, {"reason": "connection closed", "is_user_error": False})
     net.spokes[1]._line.send(told)
@@ -214,7 +214,7 @@ def test_a_users_mistake_on_another_rank_is_a_value_error(net):
 
 def test_a_hang_ends_everybody_within_the_time_out():
     net = Net(timeout=2.5)
-    net.vitals[1] = Vitals(State.STEPPING, 4, 3, 10)
+    net.vitals[1] = Vitals(State.STEPPING, 0, 4, 3, 10)
     with pytest.raises(PeerLost, match=r"rank 1 .* hangs: a step has made no progress"):
         net.hub.result()
     net.wait(lambda: all(spoke.died for spoke in net.spokes.values()))

@@ -23,7 +23,7 @@ def looks(watch: Watch, start: float, seconds: float, hear) -> str | None:
 
 def test_all_are_well():
     watch = Watch(NAMES, 10.0, now=0.0)
-    states = [Vitals(State.LOADING), Vitals(State.IDLE, 3, 3), Vitals(State.COMPILING)]
+    states = [Vitals(State.LOADING), Vitals(State.IDLE, 0, 3, 3), Vitals(State.COMPILING)]
 
     def hear(now):
         for rank, vitals in enumerate(states):
@@ -53,13 +53,47 @@ def test_a_step_without_progress_is_a_hang_of_the_one_who_is_behind():
     def hear(now):
         watch.hear(0, STEP, now)
         watch.hear(1, replace(STEP, pulse=99), now)
-        watch.hear(2, Vitals(State.IDLE, 4, 4), now)
+        watch.hear(2, Vitals(State.IDLE, 0, 4, 4), now)
 
     seconds, verdict = looks(watch, 0.0, 20.0, hear).split(" s: ")
     assert 10 <= float(seconds) < 12
     assert verdict.startswith("rank 1 (b) hangs: a step has made no progress for 10 s")
-    assert "rank 0 (a): 5 steps begun, 4 done, 100 transfers" in verdict
+    assert "rank 0 (a): stage 0, 5 steps begun, 4 done, pulse 100" in verdict
     assert "rank 2" not in verdict
+
+
+@pytest.mark.parametrize(
+    ("stuck", "culprit"),
+    [  # (stage, steps begun, done, pulse) of each rank
+        ([(0, 5, 4, 58), (1, 5, 4, 55)], 0),  # a stage of more layers has counted more
+        ([(0, 5, 4, 58), (0, 5, 4, 57), (1, 5, 4, 55)], 1),
+        ([(0, 7, 6, 7), (1, 5, 4, 11), (2, 5, 4, 10)], 1),  # the first waits for a token
+        ([(0, 7, 6, 7), (1, 7, 6, 14), (2, 6, 5, 12)], 2),
+    ],
+)
+def test_between_stages_the_one_that_the_others_wait_for_is_named(stuck, culprit):
+    watch = Watch(NAMES, 10.0, now=0.0)
+
+    def hear(now):
+        for rank in NAMES:
+            is_stuck = rank < len(stuck)
+            vitals = Vitals(State.STEPPING, *stuck[rank]) if is_stuck else Vitals(State.IDLE)
+            watch.hear(rank, vitals, now)
+
+    verdict = looks(watch, 0.0, 20.0, hear)
+    assert verdict.split(" s: ")[1].startswith(f"{NAMES[culprit]} hangs")
+
+
+def test_a_culprit_heard_of_a_little_later_is_named_all_the_same():
+    watch = Watch(NAMES, 10.0, now=0.0)
+
+    def hear(now):
+        watch.hear(0, replace(STEP, pulse=100), now)
+        watch.hear(1, replace(STEP, pulse=99 if now > 0.7 else 90), now)
+        watch.hear(2, Vitals(State.IDLE), now)
+
+    verdict = looks(watch, 0.0, 20.0, hear)
+    assert verdict.split(" s: ")[1].startswith("rank 1 (b) hangs")
 
 
 def test_a_slow_step_that_gets_on_is_no_hang():
