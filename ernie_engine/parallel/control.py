@@ -50,16 +50,23 @@ class Line:
     def __init__(self, sock: socket.socket, timeout_seconds: float):
         sock.settimeout(None)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        patience = struct.pack("ll", int(timeout_seconds), 0)  # who does not read cannot hold us
+        # Who does not read holds us for a share of the time in which somebody must be named.
+        patience = struct.pack("ll", *divmod(int(timeout_seconds * 1e6 / 4), 1_000_000))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
         self._socket, self._file = sock, sock.makefile("rb")
         self._lock = threading.Lock()
+        self._is_broken = False  # perhaps in the midst of a frame
 
     def send(self, payload: bytes) -> bool:
         """False if the other side is gone, or has not read for too long."""
+        frame = framed(payload)
         try:
             with self._lock:
-                self._socket.sendall(framed(payload))
+                if self._is_broken:
+                    return False
+                self._is_broken = True
+                self._socket.sendall(frame)
+                self._is_broken = False
         except OSError:
             return False
         return True
@@ -324,7 +331,8 @@ class Spoke:
         self._plans: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._blocks: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._is_stopping = threading.Event()
-        self._watch = Watch({0: f"rank 0 ({host})"}, timeout_seconds, time.monotonic())
+        self._rank_0 = f"rank 0 ({host})"
+        self._watch = Watch({0: self._rank_0}, timeout_seconds, time.monotonic())
         self._guard = Guard(timeout_seconds)
         self._reader = _thread("spoke-reader", self._read)
         self._thread = _thread("spoke-watch", self._look_after)
@@ -372,7 +380,7 @@ class Spoke:
                 self._is_stopping.set()
                 self._plans.put(None)
         if not self._is_stopping.is_set():
-            self._die("rank 0 has ended without a word")
+            self._die(f"{self._rank_0} has ended or cannot be reached")
 
     def _look_after(self) -> None:
         while not self._is_stopping.wait(INTERVAL_SECONDS):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import socket
 import subprocess
 import sys
@@ -219,6 +220,35 @@ def test_a_hang_ends_everybody_within_the_time_out():
         net.hub.result()
     net.wait(lambda: all(spoke.died for spoke in net.spokes.values()))
     net.close()
+
+
+def test_a_rank_that_does_not_read_is_named_in_time_and_holds_nobody_up(monkeypatch):
+    """A plan is larger than what the kernel keeps for it; the guard must hear of us meanwhile."""
+    beats = []
+    monkeypatch.setattr(NoGuard, "beat", lambda self: beats.append(time.monotonic()))
+    net = Net(timeout=4.0)
+    net.spokes[1]._is_stopping.set()  # neither speaks
+    net.spokes[1]._line.read = lambda: time.sleep(60)  # nor reads
+    net.hub.send_plan(b"plan")
+    began = time.monotonic()
+    net.hub.send_plan(b"plan" + bytes(60 << 20))
+    with pytest.raises(PeerLost, match=r"rank 1 \("):
+        net.hub.result()
+    net.wait(lambda: bool(net.failures))
+    assert time.monotonic() - began < 4.0
+    assert time.monotonic() - beats[-1] < 4.0
+
+
+def test_when_rank_0_goes_it_is_named_with_its_host(net):
+    for rank, peer in net.hub._peers.items():
+        net.spokes[rank]._line.send(encode_json(control.BYE, Vitals().to_json()))
+        peer.reader.join(5)
+    net.hub._is_stopping = True
+    for peer in net.hub._peers.values():
+        peer.line.close()
+    net.wait(lambda: all(spoke.died for spoke in net.spokes.values()))
+    assert re.fullmatch(r"rank 0 \(.+\) has ended or cannot be reached", net.spokes[1].died)
+    net.hub._is_stopping = False
 
 
 def test_a_silent_rank_0_is_noticed():
