@@ -29,17 +29,19 @@ logger = logging.getLogger(__name__)
 
 
 def describe_rank(config: EngineConfig) -> Description:
-    """As describe(); a rank above 0 tells rank 0 why it will not come, or that would wait."""
+    """As describe(); a rank above 0 tells rank 0 why it will not come, or that would wait. All
+    ranks count this try, so that those of a later one meet each other."""
     try:
         return describe(config)
     except ValueError as error:
         world = World.from_env(os.environ)
-        if world.rank > 0:
+        if world.size > 1:
             try:
                 store = own_store(join_store(world, config.peer_timeout_seconds), world)
-                refuse(store, world.rank, f"{host_name()}: {error}")
+                if world.rank > 0:
+                    refuse(store, world.rank, f"{host_name()}: {error}")
             except RuntimeError as unreachable:
-                logger.warning("rank 0 could not be told: %s", unreachable)
+                logger.warning("the other ranks could not be told: %s", unreachable)
         raise
 
 

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -10,7 +12,8 @@ import openai
 import pytest
 
 from tests.processes import is_alive
-from tests.server.torchrun import Agents, named
+from tests.server.process import ENVIRONMENT, ROOT
+from tests.server.torchrun import Agents, free_port, named
 
 LONG = {"max_tokens": 400, "extra_body": {"ignore_eos": True}}
 
@@ -107,6 +110,30 @@ def test_with_c10d_the_service_comes_back_by_itself(tiny, tmp_path):
         for agent in agents.agents:
             agent.send_signal(signal.SIGTERM)
         agents.wait_end()
+
+
+RETRY = """
+import sys
+from ernie_engine import Engine
+try:
+    Engine(sys.argv[1], device="cpu", tensor_parallel_size=3)
+except ValueError:
+    pass
+with Engine(sys.argv[1], device="cpu", tensor_parallel_size=2, max_model_len=64) as engine:
+    if engine.rank == 0:
+        engine.generate([[5]], use_tqdm=False)
+"""
+
+
+@pytest.mark.slow
+def test_a_program_that_asked_for_what_cannot_be_can_ask_again(tiny, tmp_path):
+    script = tmp_path / "retry.py"
+    script.write_text(RETRY)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", str(free_port()), str(script), str(tiny)]
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, timeout=120, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
 
 
 @pytest.mark.slow
