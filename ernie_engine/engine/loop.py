@@ -196,4 +196,5 @@ class EngineLoop:
                 del self._open[output.request_id]
             by_sink.setdefault(id(sink), (sink, []))[1].append(output)
         for sink, batch in by_sink.values():
-            sink.put(batch)
+            if self._death is None:  # else its sink was told of that, and it was the last
+                sink.put(batch)

@@ -220,6 +220,22 @@ def test_a_stall_shows_only_while_there_is_something_to_do(rig):
 
 # --- Session: what the Python API asks of the loop ---
 
+
+def test_after_a_failure_from_outside_nothing_more_is_told(rig):
+    """A caller who heard an error must not hear of an answer that ends well after it."""
+    sink = SimpleQueue()
+    rig.submit(sink, 9)
+    rig.gate.let(1)
+    sink.get(timeout=SOON)  # it is in the midst of steps
+    rig.loop.fail(RuntimeError("rank 1 is lost"))
+    rig.gate.let(10)
+    assert rig.loop.close(SOON)
+    told = []
+    while not sink.empty():
+        told.append(sink.get())
+    assert isinstance(told[-1], EngineDeadError)
+
+
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 
 
