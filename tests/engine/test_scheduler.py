@@ -251,6 +251,24 @@ def test_no_request_starves_when_the_youngest_cannot_grow():
         assert [sim.answer(i)[1] for i in range(3)] == ["length"] * 3
 
 
+@pytest.mark.parametrize("seed", [198, 532])
+def test_blocks_are_never_taken_from_a_row_of_the_coming_step(seed):
+    """With stages a younger request may stand before an older one in a step. Seeds that show it."""
+    budget, depth, caching = {198: (8, 4, False), 532: (11, 3, True)}[seed]
+    limits = Limits(5 if seed == 198 else 6, budget, 4, caching, num_stages=2)
+    sim, rng, requests = Simulation(limits, num_blocks=17, depth=depth), random.Random(seed), []
+    while len(requests) < 30:
+        if rng.random() < 0.4:
+            requests.append(random_request(rng, len(requests)))
+            sim.add(requests[-1])
+        sim.step()
+    sim.finish(limit=20_000)
+    sim.check_at_rest()
+    for request in requests:
+        prompt = request.token_ids[: request.num_prompt_tokens]
+        assert sim.answer(request.request_id) == expected_answer(request, prompt)
+
+
 def test_equal_prompts_share_blocks_even_within_one_step():
     sim = Simulation(LIMITS, num_blocks=64, depth=1)
     prompt = list(range(1, 18))
