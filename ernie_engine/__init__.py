@@ -11,8 +11,9 @@ from ernie_engine.engine.request import (
     SamplingParams,
 )
 from ernie_engine.engine_config import EngineConfig
+from ernie_engine.version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = [
     "CompletionOutput",
     "Engine",

@@ -64,8 +64,8 @@ class EngineConfig:
         if type(self.max_logprobs) is not int or self.max_logprobs < 0:
             raise ValueError(f"max_logprobs={self.max_logprobs!r}: must be an integer, 0 or more")
         seconds = self.peer_timeout_seconds
-        if type(seconds) not in (int, float) or not 1 <= seconds <= 3600:
-            raise ValueError(f"peer_timeout_seconds={seconds!r}: must be from 1 to 3600")
+        if type(seconds) not in (int, float) or not 2 <= seconds <= 3600:
+            raise ValueError(f"peer_timeout_seconds={seconds!r}: must be from 2 to 3600")
         share = self.gpu_memory_utilization
         if type(share) not in (int, float) or not (math.isfinite(share) and 0 < share <= 1):
             raise ValueError(f"gpu_memory_utilization={share!r}: must be above 0 and at most 1")

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ernie_engine.engine.assembler import ChoiceAssembler
 from ernie_engine.engine.core import EngineCore, make_intake
-from ernie_engine.engine.intake import Job, Message, Prompt
+from ernie_engine.engine.intake import Intake, Job, Message, Prompt
 from ernie_engine.engine.loop import EngineDeadError, EngineLoop
 from ernie_engine.engine.request import Piece, RequestOutput, SamplingParams, TokenOutput
 from ernie_engine.engine.worker import describe_rank, serve_rank
@@ -41,14 +41,13 @@ class Engine:
         description = describe_rank(EngineConfig(model=str(model), **fields))
         self.config, self.model_config = description.config, description.model_config
         self.rank = description.world.rank
-        self._intake = make_intake(self.config, self.model_config)
-        self.tokenizer = self._intake.tokenizer
-        self._core: EngineCore | None = None
+        self._opened: tuple[Intake, EngineCore] | None = None
         if self.rank > 0:
             serve_rank(description)
             return
-        self._core = EngineCore(description)
-        self.num_kv_blocks = self._core.num_kv_blocks
+        intake = make_intake(self.config, self.model_config)
+        self._opened = intake, EngineCore(description)
+        self.tokenizer, self.num_kv_blocks = intake.tokenizer, self._core.num_kv_blocks
 
     def generate(
         self,
@@ -112,16 +111,25 @@ class Engine:
     def close(self) -> None:
         """End open requests (finish_reason "abort"), the loop and the other ranks. Twice does no
         harm."""
-        if self._core is not None:
+        if self._opened is not None:
             self._core.close()
 
     @property
-    def _loop(self) -> EngineLoop:
-        if self._core is None:
+    def _intake(self) -> Intake:
+        if self._opened is None:
             raise EngineDeadError(
                 f"this is rank {self.rank}, which has worked for rank 0 and is done: "
                 "ask for answers only where engine.rank == 0"
             )
+        return self._opened[0]
+
+    @property
+    def _core(self) -> EngineCore:
+        assert self._intake and self._opened is not None
+        return self._opened[1]
+
+    @property
+    def _loop(self) -> EngineLoop:
         return self._core.loop
 
     def __enter__(self) -> Self:

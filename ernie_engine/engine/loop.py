@@ -26,7 +26,7 @@ class EngineDeadError(RuntimeError):
     """The engine's loop has ended, by an error (then its cause) or by close()."""
 
 
-class PendingFrame(Protocol):
+class ResultFrame(Protocol):
     def wait(self) -> bytes: ...
 
 
@@ -35,7 +35,7 @@ class Ranks(Protocol):
 
     debug: bool
 
-    def run(self, frame: bytes) -> PendingFrame: ...
+    def run(self, frame: bytes) -> ResultFrame: ...
 
     def explain(self, error: Exception) -> Exception:
         """Why a step failed, if somebody knows better than the one who noticed."""
@@ -70,7 +70,7 @@ class EngineLoop:
     def __init__(self, scheduler: Scheduler, ranks: Ranks, max_steps_in_flight: int):
         self._scheduler, self._ranks, self._depth = scheduler, ranks, max_steps_in_flight
         self._inbox: queue.SimpleQueue[_Arrival | _Abort | _Stop] = queue.SimpleQueue()
-        self._in_flight: deque[tuple[StepPlan, PendingFrame]] = deque()
+        self._in_flight: deque[tuple[StepPlan, ResultFrame]] = deque()
         self._open: dict[int, tuple[Request, Sink]] = {}
         self._lock = threading.Lock()  # between "is it dead?" and "then put it in the inbox"
         self._death: EngineDeadError | None = None
@@ -159,10 +159,18 @@ class EngineLoop:
             if isinstance(message, _Abort):
                 self._abort(message.request_ids)
                 continue
-            for request in message.requests:
-                self._open[request.request_id] = request, message.sink
-                self._scheduler.add(request)
+            self._admit(message)
         return True
+
+    def _admit(self, arrival: _Arrival) -> None:
+        with self._lock:  # a death from outside tells those that are open by then
+            if self._death is not None:
+                arrival.sink.put(self._death)
+                return
+            for request in arrival.requests:
+                self._open[request.request_id] = request, arrival.sink
+        for request in arrival.requests:
+            self._scheduler.add(request)
 
     def _abort(self, request_ids: Iterable[int]) -> None:
         for request_id in request_ids:

@@ -14,6 +14,7 @@ from ernie_engine.model.runner import ModelRunner
 from ernie_engine.model.startup import Description
 from ernie_engine.parallel.health import State, Vitals
 from ernie_engine.parallel.mesh import Mesh
+from ernie_engine.version import VERSION
 
 _MAY_DIFFER = ("model", "control_port")  # a path on each host; a port of rank 0's
 
@@ -54,4 +55,5 @@ def facts_of(description: Description) -> dict[str, Any]:
     model["eos_token_ids"] = list(model["eos_token_ids"])
     tensors = description.checkpoint.shapes if description.checkpoint else {}
     digest = hashlib.sha256(repr(sorted(tensors.items())).encode()).hexdigest()
-    return {**config, "config.json": model, "tensors": digest, "torch": torch.__version__}
+    versions = {"ernie_engine": VERSION, "torch": torch.__version__}
+    return {**config, **versions, "config.json": model, "tensors": digest}

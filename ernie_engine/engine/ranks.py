@@ -26,14 +26,15 @@ from ernie_engine.parallel.connect import (
     join_store,
     own_store,
 )
-from ernie_engine.parallel.control import Hub, PeerLost
+from ernie_engine.parallel.control import PeerLost
 from ernie_engine.parallel.health import State
+from ernie_engine.parallel.hub import Hub
 from ernie_engine.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
 GIB = 1 << 30
 FAREWELL_SECONDS = 1.0  # for children to end by themselves once a rank is lost
-HELD_SECONDS = 5.0  # that start-up may be held by a collective after that
+HELD_SECONDS = 30.0  # that start-up may be held by a collective after that
 
 
 def gather_ranks(description: Description) -> tuple["Alone | Fleet", ModelRunner]:
@@ -89,6 +90,7 @@ class Fleet:
         )
         self._hub.on_failure = self._leave_if_held
         self._mesh: Mesh | None = None
+        self._parting = threading.Lock()  # the hub's thread and the caller may both end the groups
         try:
             if hosted is not None:
                 self._children = Children(config, world.size, hosted.port)
@@ -140,8 +142,9 @@ class Fleet:
             fail(failure)
             if self._children is not None:
                 self._children.wait(FAREWELL_SECONDS)  # a step that waits for one ends with it
-            if self._mesh is not None:
-                abort(self._mesh)
+            with self._parting:
+                if self._mesh is not None:
+                    abort(self._mesh)
 
         self._hub.on_failure = lose
         if self._hub.failure is not None:
@@ -151,10 +154,13 @@ class Fleet:
         """End the other ranks, after the steps they have. Twice does no harm. `is_held`: a thread
         of this process waits in one of the groups for ever, so they cannot be ended."""
         self._hub.stop()
-        if self._mesh is not None and not is_held:
-            disconnect(self._mesh)
-            self._mesh = None
-            self._tell_shares()
+        with self._parting:
+            if self._mesh is not None and not is_held:
+                if self._hub.failure is not None:
+                    abort(self._mesh)
+                disconnect(self._mesh)
+                self._mesh = None
+                self._tell_shares()
         if self._children is not None:
             self._children.wait()
 

@@ -22,7 +22,8 @@ from ernie_engine.engine.stage import PendingFrame, Stage
 from ernie_engine.engine_config import EngineConfig
 from ernie_engine.model.startup import Description, describe, open_model
 from ernie_engine.parallel.connect import connect, disconnect, join_store, own_store
-from ernie_engine.parallel.control import PeerLost, Spoke, refuse
+from ernie_engine.parallel.control import PeerLost, refuse
+from ernie_engine.parallel.spoke import Spoke
 from ernie_engine.parallel.world import World, host_name
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ def serve_rank(description: Description) -> None:
             spoke.fail(error)
         spoke.leave()
         disconnect(mesh)
+        spoke.close()
 
 
 def _run_steps(stage: Stage, spoke: Spoke) -> None:

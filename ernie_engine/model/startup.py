@@ -110,7 +110,7 @@ def open_model(
     _fill(model, description, place.mesh, alive)
     geometry = KVGeometry(
         num_layers=len(layers),
-        num_kv_heads=max(1, model_config.num_key_value_heads // place.mesh.tp_size),
+        num_kv_heads=place.mesh.share_of_kv_heads(model_config.num_key_value_heads),
         head_dim=model_config.head_dim,
         block_size=config.block_size,
         dtype=place.dtype,
@@ -208,6 +208,7 @@ def _measure_free_memory(
     runner.promises.drop(plan.slots)
     runner.state.apply(_release_plan(plan))
     peak = torch.cuda.max_memory_allocated(device)
+    peak += runner.pipe.most_bytes(sum(plan.num_tokens))
     del runner
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)

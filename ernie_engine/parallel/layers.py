@@ -85,14 +85,10 @@ class QKVParallelLinear(nn.Module):
     ):
         super().__init__()
         mesh = place.mesh
-        if num_kv_heads % mesh.tp_size and mesh.tp_size % num_kv_heads:
-            raise ValueError(
-                f"{num_kv_heads} K/V heads cannot be dealt to tensor_parallel_size={mesh.tp_size}"
-            )
         self.mesh, self.linear, self.head_dim = mesh, linear, head_dim
         self.total_heads, self.total_kv_heads = num_heads, num_kv_heads
         self.num_heads = mesh.share(num_heads, "attention heads")
-        self.num_kv_heads = max(1, num_kv_heads // mesh.tp_size)
+        self.num_kv_heads = mesh.share_of_kv_heads(num_kv_heads)
         self.sizes = [n * head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
         self.weight = empty_weight(sum(self.sizes), in_features, place=place)
 

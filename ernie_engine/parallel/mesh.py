@@ -64,6 +64,14 @@ class Mesh:
             )
         return size // self.tp_size
 
+    def share_of_kv_heads(self, num_kv_heads: int) -> int:
+        """Where there are fewer than ranks, each is copied to several."""
+        if num_kv_heads % self.tp_size and self.tp_size % num_kv_heads:
+            raise ValueError(
+                f"{num_kv_heads} K/V heads cannot be dealt to tensor_parallel_size={self.tp_size}"
+            )
+        return max(1, num_kv_heads // self.tp_size)
+
     def cut(self, size: int, what: str) -> slice:
         """The slice of `size` items that this rank holds."""
         share = self.share(size, what)

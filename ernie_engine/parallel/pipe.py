@@ -24,6 +24,13 @@ class Pipe:
         self._hidden_size, self._max_in_flight = hidden_size, max_in_flight
         self._sends: dict[str, deque[tuple[Work, Tensor]]] = {"stream": deque(), "tokens": deque()}
 
+    def most_bytes(self, num_tokens: int) -> int:
+        """Of hidden streams of `num_tokens` that wait to be taken, beside the one being made."""
+        if self.mesh.is_last_stage:
+            return 0
+        each = num_tokens * self._hidden_size * self._dtype.itemsize
+        return (self._max_in_flight - 1) * each
+
     def receive_stream(self, num_tokens: int) -> Tensor | None:
         """The hidden stream [num_tokens, H] of the stage before; None in the first."""
         if self.mesh.is_first_stage:

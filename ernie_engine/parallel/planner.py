@@ -93,7 +93,7 @@ def _sensible(model: ModelConfig, legal: list[int], world: World) -> str:
 
 def deal_layers(model: ModelConfig, pp: int) -> list[range]:
     """The layers of each stage: neighbours, at least one, so that the dearest stage is as cheap
-    as it can be and the others are as even as that allows."""
+    as it can be. Of cuts that are equal so far, the more even one goes on."""
     costs = layer_costs(model)
     head = model.vocab_size * model.hidden_size
     num_layers = len(costs)

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from ernie_engine.server.answers import ErrorResponse
 from ernie_engine.server.gate import OPEN_PATHS
-from ernie_engine.server.served import VERSION
+from ernie_engine.version import VERSION
 
 _SCHEMAS = "#/components/schemas/"
 

@@ -13,7 +13,8 @@ from starlette.responses import JSONResponse, Response
 
 from ernie_engine.server.errors import not_offered, unavailable
 from ernie_engine.server.front import FrontEnd
-from ernie_engine.server.served import VERSION, ServedModel
+from ernie_engine.server.served import ServedModel
+from ernie_engine.version import VERSION
 
 _BUILD = ("torch", "triton", "fastapi", "uvicorn", "pydantic")
 

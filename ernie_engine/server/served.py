@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from typing import Any
 
 from ernie_engine.config import ModelConfig
@@ -16,8 +15,7 @@ from ernie_engine.engine.intake import Intake
 from ernie_engine.engine_config import ResolvedConfig
 from ernie_engine.server.calls import ModelLimits
 from ernie_engine.text.tokenizer import Tokenizer
-
-VERSION = version("ernie-engine")
+from ernie_engine.version import VERSION
 
 
 @dataclass(frozen=True)

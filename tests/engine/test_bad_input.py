@@ -180,7 +180,7 @@ BAD_CONFIG = [
     {"pipeline_parallel_size": 5},
     {"enable_expert_parallel": 1},
     {"distributed_timeout_seconds": 0},
-    {"peer_timeout_seconds": 0.5},
+    {"peer_timeout_seconds": 1.5},
     {"peer_timeout_seconds": math.nan},
     {"debug": "yes"},
 ]

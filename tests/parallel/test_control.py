@@ -15,8 +15,12 @@ import pytest
 
 from ernie_engine.framing import encode_json, framed
 from ernie_engine.parallel import control
-from ernie_engine.parallel.control import HELLO, Hub, PeerLost, Spoke
+from ernie_engine.parallel import hub as hub_module
+from ernie_engine.parallel import spoke as spoke_module
+from ernie_engine.parallel.control import HELLO, PeerLost
 from ernie_engine.parallel.health import State, Vitals
+from ernie_engine.parallel.hub import Hub
+from ernie_engine.parallel.spoke import Spoke
 from ernie_engine.parallel.world import World
 
 # A spoke's end is a SystemExit in the thread that finds it out.
@@ -53,7 +57,8 @@ class NoGuard:
 
 @pytest.fixture(autouse=True)
 def unguarded(monkeypatch):
-    monkeypatch.setattr(control, "Guard", NoGuard)
+    for module in (hub_module, spoke_module):
+        monkeypatch.setattr(module, "Guard", NoGuard)
 
 
 class QuietSpoke(Spoke):
@@ -115,6 +120,7 @@ def leave(spoke: QuietSpoke) -> None:
     if spoke.died is None:
         assert spoke.next_plan() is None
         spoke.leave()
+        spoke.close()
 
 
 @pytest.fixture
@@ -280,7 +286,7 @@ def hello(store: Store, **changes) -> dict:
     ids=lambda data: str(data[:20]),
 )
 def test_strangers_are_turned_away_and_ranks_still_come(data, caplog, monkeypatch):
-    monkeypatch.setattr(control, "HELLO_SECONDS", 0.3)
+    monkeypatch.setattr(hub_module, "HELLO_SECONDS", 0.3)
     store = Store()
     hub = Hub(world(0, 2), store, 10.0, None, Vitals)
     address = json.loads(store.get("control"))
@@ -305,7 +311,7 @@ def test_strangers_are_turned_away_and_ranks_still_come(data, caplog, monkeypatc
 
 
 def test_a_stranger_who_drips_holds_nobody_up(monkeypatch):
-    monkeypatch.setattr(control, "HELLO_SECONDS", 0.4)
+    monkeypatch.setattr(hub_module, "HELLO_SECONDS", 0.4)
     store = Store()
     hub = Hub(world(0, 2), store, 10.0, None, Vitals)
     address = json.loads(store.get("control"))

@@ -43,7 +43,7 @@ def lose(engine, number: int) -> tuple[str, float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_killed_rank_is_named_and_the_program_goes_on(tiny, layout):
-    with open_engine(tiny, **layout) as engine:
+    with open_engine(tiny, **layout, peer_timeout_seconds=60) as engine:  # not by silence
         told, seconds = lose(engine, signal.SIGKILL)
         assert "was killed by signal 9" in told and seconds < 5
         with pytest.raises(EngineDeadError, match="rank 1"):
@@ -116,7 +116,7 @@ def test_children_end_with_a_program_that_is_killed(tiny):
     """They hear that the connection closes."""
     script = (
         "import sys, time\nfrom tests.tiny import open_engine\n"
-        f"engine = open_engine({str(tiny)!r}, tensor_parallel_size=2)\n"
+        f"engine = open_engine({str(tiny)!r}, tensor_parallel_size=2, peer_timeout_seconds=60)\n"
         "print(*[p.pid for p in engine._core.ranks._children._processes.values()], flush=True)\n"
         "time.sleep(60)\n"
     )
@@ -190,7 +190,7 @@ def test_a_program_that_forgets_to_close_ends(tiny):
     """The threads of an open engine are daemons; the children hear that it has ended."""
     script = (
         "from tests.tiny import open_engine\n"
-        f"engine = open_engine({str(tiny)!r}, pipeline_parallel_size=2)\n"
+        f"engine = open_engine({str(tiny)!r}, pipeline_parallel_size=2, peer_timeout_seconds=60)\n"
         "engine.generate([[5, 6]], use_tqdm=False)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], timeout=50, capture_output=True)
