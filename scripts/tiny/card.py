@@ -44,7 +44,8 @@ it under a balance loss. In the last step the busiest expert of a layer had
 {imbalance:.1f} times the mean load ({experts} / {top_k} times is "always chosen"). A constant
 (22 + 1.0625 x layer) was added to the bias afterwards, which changes no choice of experts in
 float32 but gives it the magnitude that real checkpoints have, so that an engine that keeps it in
-bfloat16 is found out.
+bfloat16 is found out. Values nearer to each other than 2^-14 were then set that far apart: which of
+two equal scores is chosen would be chance.
 
 ## How it was trained
 
