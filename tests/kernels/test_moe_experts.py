@@ -218,16 +218,41 @@ def check_sort(ids, num_experts, first_expert, block_m):
     assert covered == list(range(num_local))
 
 
+def sort_in(monkeypatch, block, round_size):
+    row = {"BLOCK": block, "ROUND": round_size, "num_warps": 4}
+    monkeypatch.setattr(moe_grouped, "SORT_TABLE", {(DEFAULT, 1): row})
+
+
 @pytest.mark.parametrize("block_m", [16, 32])
 @pytest.mark.parametrize(("num_experts", "first_expert"), [(1, 0), (5, 0), (5, 3)])
-@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (33, 2), (100, 4)])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (33, 2), (50, 4)])
 def test_sort(monkeypatch, shape, num_experts, first_expert, block_m):
-    row = {"BLOCK": 64, "num_warps": 4}  # so that a program goes round several times
-    monkeypatch.setattr(moe_grouped, "SORT_TABLE", {(DEFAULT, 1): row})
+    sort_in(monkeypatch, 64, 16)  # so that there are several blocks, and rounds in each
     ids = torch.randint(0, first_expert + num_experts + 2, shape)
     check_sort(ids, num_experts, first_expert, block_m)
-    for expert in (0, first_expert, first_expert + num_experts - 1, first_expert + num_experts):
+    for expert in (first_expert, first_expert + num_experts - 1, first_expert + num_experts):
         check_sort(torch.full(shape, expert), num_experts, first_expert, block_m)
+
+
+def test_sort_of_more_blocks_than_are_added_together(monkeypatch):
+    sort_in(monkeypatch, 8, 8)
+    check_sort(torch.randint(0, 9, (70, 4)), 6, 2, 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("first_expert", [0, 8])
+@pytest.mark.parametrize("num_tokens", [1, 64, 65, 1000, 16384])
+def test_sort_at_real_sizes(num_tokens, first_expert):
+    ids = torch.rand(num_tokens, 64).topk(8).indices
+    check_sort(ids, 64 - 2 * first_expert, first_expert, 128)
+
+
+@pytest.mark.parametrize("at_once", [6, 7, 20])
+def test_tokens_in_parts_are_the_tokens(monkeypatch, at_once):
+    case = make_there(torch.float32, 20, 6, 24, 20, 2)
+    whole = moe_experts_grouped(*case)
+    monkeypatch.setattr(moe_grouped, "TOKENS_AT_ONCE", at_once)
+    assert torch.equal(moe_experts_grouped(*case), whole)  # fp32 has one tile for all sizes
 
 
 @BOTH
