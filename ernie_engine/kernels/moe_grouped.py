@@ -65,12 +65,6 @@ TABLE_FP32 = {
 }
 # By entries. BLOCK: those of a program, of which it looks at ROUND together.
 SORT_TABLE = {(DEFAULT, 1 << 20): {"BLOCK": 512, "ROUND": 128, "num_warps": 4}}
-SORT_CANDIDATES = [
-    {"BLOCK": block, "ROUND": round_size, "num_warps": warps}
-    for block in (256, 512, 1024, 2048)
-    for round_size in (64, 128, 256)
-    for warps in (4, 8)
-]
 SUM_BLOCK = 1024  # columns of a program of the sum
 # More are done one part after the other. What lies between the launches takes k (H + I) numbers a
 # token, 403 MB for so many of 21B; without a limit a step of 131072 tokens would take 6.4 GB from
