@@ -204,7 +204,7 @@ def make(rows, heads, head_dim, dtype, block_size=16):
     device = where_kernels_run()
 
     def randn(*shape):
-        return torch.randn(*shape).to(device, dtype)
+        return torch.randn(*shape, device=device, dtype=dtype)
 
     return Case(rows, heads, head_dim, randn, device, block_size)
 
