@@ -52,6 +52,7 @@ def compiling_for(arch: int) -> Iterator[dict[str, CompiledKernel]]:
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        assert isinstance(kernel, CompiledKernel)
         compiled[kernel.hash] = kernel
 
     JITFunction.run = compile_only
