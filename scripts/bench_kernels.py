@@ -27,7 +27,7 @@ from ernie_engine.bench.kernels.report import HEADER, draw, line
 from ernie_engine.bench.kernels.shapes import NUM_TOKENS, SHAPES
 from ernie_engine.bench.kernels.table import CASES, ops_with
 from ernie_engine.bench.kernels.timing import make_timer
-from ernie_engine.bench.kernels.tune import TUNABLE, table_rows, tune
+from ernie_engine.bench.kernels.tune import TUNABLE, table_rows, tune, use
 from ernie_engine.bench.report import ceilings_line, json_line
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -67,11 +67,13 @@ def _tune(args: argparse.Namespace) -> int:
     ops = [op for op in _ops(args) if op in TUNABLE]
     if not ops:
         raise ValueError(f"--only: none of these has a launch table; use some of {list(TUNABLE)}")
-    for op in ops:
+    for op, tunable in [(name, tunable) for name in ops for tunable in TUNABLE[name]]:
         cases = [case for case in _cases(args) if case.op == op]
-        best = tune(TUNABLE[op], cases, device, timer, lambda told: print(told, flush=True))
-        print(f"{op}: best rows", *table_rows(device, best), sep="\n", flush=True)
-        found[op] = {size: {**params, "us": s * 1e6} for size, (params, s) in best.items()}
+        best = tune(tunable, cases, device, timer, lambda told: print(told, flush=True))
+        use(tunable, device, best)
+        print(f"{op}: best rows of {tunable.name}", *table_rows(device, best), sep="\n", flush=True)
+        rows = {bucket: {**params, "us": s * 1e6} for bucket, (params, s) in best.items()}
+        found.setdefault(op, {})[tunable.name] = rows
     print(json_line("kernels-tune", _config(args), {"best": found}))
     return 0
 

@@ -22,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ernie_engine.kernels.launch import DEFAULT, pick
-from ernie_engine.kernels.linear import load_columns
 from ernie_engine.kernels.moe_few import silu_product
+from ernie_engine.kernels.products import add_product, load_columns
 
 # By tokens, not measured yet. BLOCK_M: entries of a tile, of one size for both products.
 TILE_TABLE = {
@@ -63,12 +63,14 @@ TILE_TABLE_FP32 = {(DEFAULT, 1 << 20): {"BLOCK_M": 16}}
 TABLE_FP32 = {
     (DEFAULT, 16): {"BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
 }
-# By entries. BLOCK: those that a program looks at together.
-SORT_TABLE = {
-    (DEFAULT, 1024): {"BLOCK": 1024, "num_warps": 4},
-    (DEFAULT, 1 << 20): {"BLOCK": 4096, "num_warps": 8},
-}
+# By entries. BLOCK: those of a program, of which it looks at ROUND together.
+SORT_TABLE = {(DEFAULT, 1 << 20): {"BLOCK": 512, "ROUND": 128, "num_warps": 4}}
 SUM_BLOCK = 1024  # columns of a program of the sum
+# More are done one part after the other. What lies between the launches takes k (H + I) numbers a
+# token, 403 MB for so many of 21B; without a limit a step of 131072 tokens would take 6.4 GB from
+# the K/V cache. An expert still has 768 rows of them, six full tiles, and its weights, read once
+# more for each part, take a sixth of the time that the products do.
+TOKENS_AT_ONCE = 8192
 
 
 class Tiles(NamedTuple):
@@ -79,65 +81,136 @@ class Tiles(NamedTuple):
     bounds: Tensor  # [3, num_tiles] int32
 
 
-@triton.jit(do_not_specialize=["num_entries", "num_tiles", "first_expert"])
-def _sort_kernel(
+@triton.jit
+def _one_hot(ids, start, num_entries, first_expert, EXPERTS: tl.constexpr, ROUND: tl.constexpr):
+    """[ROUND, EXPERTS] int32: does entry start + i belong to the local expert e?"""
+    entry = start + tl.arange(0, ROUND)
+    # Those beyond the last match no expert; other ranks' none, or columns behind our experts'.
+    local = tl.load(ids + entry, mask=entry < num_entries, other=-1) - first_expert
+    return (local[:, None] == tl.arange(0, EXPERTS)[None, :]).to(tl.int32)
+
+
+@triton.jit
+def _count(
     ids,
+    first,
+    num_entries,
+    first_expert,
+    EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROUND: tl.constexpr,
+):
+    """How many of the entries first .. first + BLOCK - 1 each expert has: [EXPERTS]."""
+    counts = tl.zeros([EXPERTS], tl.int32)
+    for start in tl.range(first, first + BLOCK, ROUND):
+        counts += tl.sum(_one_hot(ids, start, num_entries, first_expert, EXPERTS, ROUND), 0)
+    return counts
+
+
+@triton.jit(do_not_specialize=["num_entries", "first_expert"])
+def _count_kernel(
+    ids,
+    counts,
+    num_entries,
+    first_expert,
+    EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROUND: tl.constexpr,
+):
+    """ids [T k] -> counts [blocks, EXPERTS]: of BLOCK entries each."""
+    block = tl.program_id(0)
+    found = _count(ids, block * BLOCK, num_entries, first_expert, EXPERTS, BLOCK, ROUND)
+    tl.store(counts + block * EXPERTS + tl.arange(0, EXPERTS), found)
+
+
+@triton.jit(do_not_specialize=["num_entries", "num_blocks", "num_tiles", "first_expert"])
+def _place_kernel(
+    ids,
+    counts,
     order,
     bounds,
     num_entries,
+    num_blocks,
     num_tiles,
     first_expert,
+    NUM_EXPERTS: tl.constexpr,
+    EXPERTS: tl.constexpr,  # a power of two
     BLOCK_M: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROUND: tl.constexpr,
+    COUNTED: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
-    """One expert: its entries in order, and its tiles.
+    """The first programs put BLOCK entries each into their places, the others an expert's tiles.
 
-    They stand behind the entries of all lower experts, which each program counts for itself. The
-    expert's tiles begin at first // BLOCK_M + expert: no two experts share one, each has at least
-    as many as it needs and at most one more, and the tiles of others need not be known.
+    An entry stands behind those of all lower experts, then behind its own expert's of earlier
+    blocks, then of its own block. An expert's tiles begin at first // BLOCK_M + expert: no two
+    experts share one, each has at least as many as it needs and at most one more, and nobody has
+    to know the others'.
     """
-    expert = tl.program_id(0)
-    lower = tl.zeros([BLOCK], tl.int32)
-    own = tl.zeros([BLOCK], tl.int32)
-    for start in tl.range(0, num_entries, BLOCK):
-        entry = start + tl.arange(0, BLOCK)
-        local = tl.load(ids + entry, mask=entry < num_entries, other=-1) - first_expert
-        lower += ((local >= 0) & (local < expert)).to(tl.int32)
-        own += (local == expert).to(tl.int32)
-    first = tl.sum(lower)
-    last = first + tl.sum(own)
-
-    place = first
-    for start in tl.range(0, num_entries, BLOCK):
-        entry = start + tl.arange(0, BLOCK)
-        local = tl.load(ids + entry, mask=entry < num_entries, other=-1) - first_expert
-        mine = (local == expert).to(tl.int32)
-        tl.store(order + place + tl.cumsum(mine, 0) - 1, entry, mask=mine > 0)
-        place += tl.sum(mine)
-
-    first_tile = first // BLOCK_M + expert
-    end_tile = last // BLOCK_M + expert + 1
-    if expert == tl.num_programs(0) - 1:
-        end_tile = num_tiles
-    for start in tl.range(first_tile, end_tile, BLOCK):
-        tile = start + tl.arange(0, BLOCK)
-        begin = tl.minimum(first + (tile - first_tile) * BLOCK_M, last)
-        mine = tile < end_tile
-        tl.store(bounds + tile, tl.zeros([BLOCK], tl.int32) + expert, mask=mine)
-        tl.store(bounds + num_tiles + tile, begin, mask=mine)
-        tl.store(bounds + 2 * num_tiles + tile, tl.minimum(begin + BLOCK_M, last), mask=mine)
+    block, experts = tl.program_id(0), tl.arange(0, EXPERTS)
+    total = tl.zeros([EXPERTS], tl.int32)
+    earlier = tl.zeros([EXPERTS], tl.int32)
+    if COUNTED:
+        for start in tl.range(0, num_blocks, AT_ONCE):
+            blocks = start + tl.arange(0, AT_ONCE)[:, None]
+            at = counts + blocks * EXPERTS + experts[None, :]
+            part = tl.load(at, mask=blocks < num_blocks, other=0)
+            total += tl.sum(part, 0)
+            earlier += tl.sum(tl.where(blocks < block, part, 0), 0)
+    else:  # all entries are one block's: a launch less
+        total = _count(ids, 0, num_entries, first_expert, EXPERTS, BLOCK, ROUND)
+    begin = tl.cumsum(total, 0) - total  # of each expert
+    if block < num_blocks:
+        place = begin + earlier
+        for start in tl.range(block * BLOCK, (block + 1) * BLOCK, ROUND):
+            hot = _one_hot(ids, start, num_entries, first_expert, EXPERTS, ROUND)
+            places = tl.sum(hot * (place[None, :] + tl.cumsum(hot, 0) - 1), 1)
+            local = tl.sum(hot, 1) > 0
+            tl.store(order + places, start + tl.arange(0, ROUND), mask=local)
+            place += tl.sum(hot, 0)
+    else:
+        expert = block - num_blocks
+        first = tl.sum(tl.where(experts == expert, begin, 0))
+        last = first + tl.sum(tl.where(experts == expert, total, 0))
+        first_tile = first // BLOCK_M + expert
+        end_tile = last // BLOCK_M + expert + 1
+        if expert == NUM_EXPERTS - 1:
+            end_tile = num_tiles
+        for start in tl.range(first_tile, end_tile, ROUND):
+            tile = start + tl.arange(0, ROUND)
+            left = tl.minimum(first + (tile - first_tile) * BLOCK_M, last)
+            mine = tile < end_tile
+            tl.store(bounds + tile, tl.zeros([ROUND], tl.int32) + expert, mask=mine)
+            tl.store(bounds + num_tiles + tile, left, mask=mine)
+            tl.store(bounds + 2 * num_tiles + tile, tl.minimum(left + BLOCK_M, last), mask=mine)
 
 
 def sort_by_expert(ids: Tensor, num_experts: int, first_expert: int, block_m: int) -> Tiles:
-    """ids [T, k] -> the tiles of the experts first_expert .. first_expert + num_experts - 1."""
-    num_entries = ids.numel()
+    """ids [T, k] -> the tiles of the experts first_expert .. first_expert + num_experts - 1.
+
+    Stable, and without atomics: blocks of entries are counted, then placed behind all that the
+    counts say comes before them.
+    """
+    num_entries, device = ids.numel(), ids.device
     num_tiles = num_entries // block_m + num_experts
-    order = torch.empty(num_entries, dtype=torch.int32, device=ids.device)
-    bounds = torch.empty(3, num_tiles, dtype=torch.int32, device=ids.device)
-    _sort_kernel[(num_experts,)](
-        *(ids, order, bounds, num_entries, num_tiles, first_expert),
+    order = torch.empty(num_entries, dtype=torch.int32, device=device)
+    bounds = torch.empty(3, num_tiles, dtype=torch.int32, device=device)
+    launch, experts = pick(SORT_TABLE, device, num_entries), triton.next_power_of_2(num_experts)
+    num_blocks = triton.cdiv(num_entries, launch["BLOCK"])
+    counts = torch.empty(num_blocks, experts, dtype=torch.int32, device=device)
+    if num_blocks > 1:
+        _count_kernel[(num_blocks,)](
+            ids, counts, num_entries, first_expert, EXPERTS=experts, **launch
+        )
+    _place_kernel[(num_blocks + num_experts,)](
+        *(ids, counts, order, bounds, num_entries, num_blocks, num_tiles, first_expert),
+        NUM_EXPERTS=num_experts,
+        EXPERTS=experts,
         BLOCK_M=block_m,
-        **pick(SORT_TABLE, ids.device, num_entries),
+        COUNTED=num_blocks > 1,
+        AT_ONCE=32,
+        **launch,
     )
     return Tiles(order, bounds)
 
@@ -175,8 +248,8 @@ def _gate_up_kernel(
         x_tile = tl.trans(load_columns(x_rows, place < last, start, H, BLOCK_K))
         gate_tile = load_columns(gate_rows, row < I, start, H, BLOCK_K)
         up_tile = load_columns(up_rows, row < I, start, H, BLOCK_K)
-        gate = tl.dot(gate_tile, x_tile, gate, input_precision="ieee")
-        up = tl.dot(up_tile, x_tile, up, input_precision="ieee")
+        gate = add_product(gate_tile, x_tile, gate)
+        up = add_product(up_tile, x_tile, up)
     y = silu_product(gate, up, hidden.dtype.element_ty)
     places = hidden + place.to(tl.int64)[None, :] * I + row[:, None]
     tl.store(places, y, mask=(row < I)[:, None] & (place < last)[None, :])
@@ -211,7 +284,7 @@ def _down_kernel(
     for start in tl.range(0, I, BLOCK_K):
         hidden_tile = tl.trans(load_columns(hidden_rows, place < last, start, I, BLOCK_K))
         down_tile = load_columns(down_rows, row < H, start, I, BLOCK_K)
-        acc = tl.dot(down_tile, hidden_tile, acc, input_precision="ieee")
+        acc = add_product(down_tile, hidden_tile, acc)
     entry = tl.load(order + place, mask=place < last, other=0)
     weight = tl.load(weights + entry, mask=place < last, other=0.0).to(tl.float32)
     y = acc.to(products.dtype.element_ty).to(tl.float32) * weight[None, :]
@@ -248,6 +321,23 @@ def moe_experts_grouped(
     x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor, first_expert: int = 0
 ) -> Tensor:
     """As the twin, all tensors contiguous, with at least one token."""
+    out = torch.empty_like(x)
+    for start in range(0, len(x), TOKENS_AT_ONCE):
+        part = slice(start, start + TOKENS_AT_ONCE)
+        _compute(x[part], gate_up, down, weights[part], ids[part], first_expert, out[part])
+    return out
+
+
+def _compute(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    first_expert: int,
+    out: Tensor,
+) -> None:
+    """As the twin, into `out`."""
     (num_tokens, hidden_size), top_k = x.shape, ids.shape[1]
     num_experts, _, width = down.shape
     wide = x.dtype == torch.float32
@@ -266,7 +356,6 @@ def moe_experts_grouped(
     grid = triton.cdiv(hidden_size, launch["BLOCK_N"]), num_tiles
     _down_kernel[grid](hidden, down, weights, *tiles, products, num_tiles, **shape, **launch)
 
-    out = torch.empty_like(x)
     block = min(SUM_BLOCK, triton.next_power_of_2(hidden_size))
     _sum_kernel[num_tokens, triton.cdiv(hidden_size, block)](
         *(products, ids, out, first_expert),
@@ -275,4 +364,3 @@ def moe_experts_grouped(
         H=hidden_size,
         BLOCK=block,
     )
-    return out

@@ -14,6 +14,8 @@ tokens behind a long prefix make few tiles: then keys are split over programs as
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 # (a launch gives ints where a kernel has constexprs; a kernel's loops are not Python's)
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -59,9 +61,25 @@ SPLIT_TABLE = {
     ("sm_90", 64): {"SPLITS": 4},
     ("sm_90", 65): {"SPLITS": 1},
 }
+SPLIT_CANDIDATES = [{"SPLITS": splits} for splits in (1, 2, 4, 8, 16, 32)]
 MIN_SPLIT_KEYS = 512
 
 MAX_MASK_ELEMENTS = 1 << 26  # query tokens x context tokens of one masked product
+
+
+def _launch(q: Tensor) -> Mapping[str, int]:
+    return pick(TABLE_FP32 if q.dtype == torch.float32 else TABLE, q.device, len(q))
+
+
+def _num_tiles(q: Tensor, kv_heads: int, num_rows: int) -> int:
+    """At most so many: see _find_row()."""
+    return len(q) // (_launch(q)["BLOCK_M"] // (q.shape[1] // kv_heads)) + num_rows
+
+
+def num_programs(q: Tensor, k_cache: Tensor, num_rows: int) -> int:
+    """Before keys are split: what SPLIT_TABLE goes by."""
+    kv_heads = k_cache.shape[2]
+    return _num_tiles(q, kv_heads, num_rows) * kv_heads
 
 
 def num_splits(num_programs: int, max_context: int, device: torch.device) -> int:
@@ -185,11 +203,8 @@ def prefill_attention_triton(
     if num_tokens == 0:
         return out
     check_layout(q, k_cache, v_cache, block_tables)
-    table = TABLE_FP32 if q.dtype == torch.float32 else TABLE
-    launch, group = pick(table, q.device, num_tokens), num_heads // kv_heads
-    num_tiles = num_tokens // (launch["BLOCK_M"] // group) + num_rows
-    max_context = block_tables.shape[1] * block_size
-    splits = num_splits(num_tiles * kv_heads, max_context, q.device)
+    num_tiles, max_context = _num_tiles(q, kv_heads, num_rows), block_tables.shape[1] * block_size
+    splits = num_splits(num_programs(q, k_cache, num_rows), max_context, q.device)
     values, lse = split_buffers(out, splits)
     _prefill_kernel[splits, kv_heads, num_tiles](
         q,
@@ -204,12 +219,12 @@ def prefill_attention_triton(
         num_tokens,
         num_rows,
         block_tables.stride(0),
-        GROUP=group,
+        GROUP=num_heads // kv_heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         SPLITS=splits,
-        **launch,
+        **_launch(q),
     )
     merge_splits(values, lse, query_start, out)
     return out

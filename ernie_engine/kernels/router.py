@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ernie_engine.kernels.launch import DEFAULT, pick
 from ernie_engine.kernels.ordering import FIRST_KEY, order_keys
+from ernie_engine.kernels.products import add_product
 
 # By the number of tokens. ROWS 1: a sum for each logit, else products of tiles.
 TABLE = {
@@ -71,7 +72,7 @@ def _logits_kernel(
         if ROWS == 1:
             total += tl.sum(a.to(tl.float32) * b, axis=1)[None, :]
         else:
-            total = tl.dot(a.to(tl.float32), b.T, total, input_precision="ieee")
+            total = add_product(a.to(tl.float32), b.T, total)
     columns = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)[None, :]
     mask = (rows < num_tokens) & (columns < num_experts)
     tl.store(logits + rows.to(tl.int64) * num_experts + columns, total, mask=mask)

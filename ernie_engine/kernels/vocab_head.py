@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ernie_engine.kernels.launch import DEFAULT, pick
+from ernie_engine.kernels.products import add_product
 
 # By the number of rows. K_BYTES: of a tile along the inner dimension, so that fp32 fits too.
 TABLE = {
@@ -68,7 +69,7 @@ def _vocab_head_kernel(
             left, right = left & (start + inner < hidden), right & (start + inner < hidden)
         a = tl.load(x_at + start, mask=left, other=0.0)
         b = tl.load(weight_at + start, mask=right, other=0.0)
-        total = tl.dot(a, b.T, total, input_precision="ieee")
+        total = add_product(a, b.T, total)
     rounded = total.to(x.dtype.element_ty).to(tl.float32)
     to = logits + rows[:, None].to(tl.int64) * vocab_size + tokens[None, :]
     tl.store(to, rounded, mask=row_in & (tokens[None, :] < vocab_size))

@@ -15,7 +15,15 @@ from ernie_engine.bench.kernels.checking import near, same_bits
 from ernie_engine.bench.kernels.measure import find_problem, make_arguments, measure_one
 from ernie_engine.bench.kernels.shapes import NUM_TOKENS, SHAPES, RankShape
 from ernie_engine.bench.kernels.table import CASES, ops_with
-from ernie_engine.bench.kernels.tune import Tunable, table_rows, tune
+from ernie_engine.bench.kernels.tune import (
+    TUNABLE,
+    Tunable,
+    _best_of,
+    by_bucket,
+    table_rows,
+    tune,
+    use,
+)
 from ernie_engine.config import ModelConfig
 from ernie_engine.kernels.launch import DEFAULT, pick
 from ernie_engine.kernels.registry import IMPLEMENTATIONS, knobs
@@ -227,16 +235,56 @@ def tunable(monkeypatch):
 
     twin = IMPLEMENTATIONS["linear"]["torch"]
     monkeypatch.setitem(IMPLEMENTATIONS, "linear", {"triton": kernel, "torch": twin})
-    return Tunable(table, [{"BLOCK": block} for block in (1, 2, 4)])
+    return Tunable("linear.TABLE", table, [{"BLOCK": block} for block in (1, 2, 4)])
 
 
-def test_the_fastest_right_candidate_of_each_size_is_found(tunable):
+def test_the_best_right_candidate_of_each_size_is_found(tunable):
     cases = [linear_case(), dataclasses.replace(linear_case(), num_tokens=64), linear_case()]
     told = []
+    # With 3 tokens BLOCK 4 is three times as fast in one case, BLOCK 1 twice in the other.
     best = tune(tunable, cases, CPU, Clock(3.0, 1.0, 3.0, 6.0, 2.5, 2.0), told.append)
-    assert best == {3: ({"BLOCK": 1}, 6.0), 64: ({"BLOCK": 4}, 2.0)}
-    assert len(told) == 3 and all("{'BLOCK': 2} left out: output 0" in line for line in told)
+    assert best == {3: ({"BLOCK": 4}, 7.0), 64: ({"BLOCK": 4}, 2.0)}
+    left_out = [line for line in told if "{'BLOCK': 2} left out: output 0" in line]
+    assert len(left_out) == 3 and len(told) == 5
     assert tunable.table == {(DEFAULT, 64): {"BLOCK": 1}}  # as it was
+    use(tunable, CPU, best)
+    assert tunable.table == {(DEFAULT, 3): {"BLOCK": 4}, (DEFAULT, 64): {"BLOCK": 4}}
+
+
+def test_a_candidate_that_is_wrong_in_one_case_is_out(tunable):
+    assert _best_of([[1.0, 2.0], [float("inf"), 9.0]]) == 1
+    assert _best_of([[1.0, float("inf")], [float("inf"), 9.0]]) is None
+
+
+def test_other_tables_are_pinned_and_cases_without_a_bucket_left_out(tunable):
+    switch, seen = {(DEFAULT, 1): {"ON": 0}}, []
+    kernel = IMPLEMENTATIONS["linear"]["triton"]
+
+    def switched(x, weight):
+        seen.append((len(x), switch[DEFAULT, 1]["ON"], pick(tunable.table, x.device, 1)["BLOCK"]))
+        return kernel(x, weight)
+
+    IMPLEMENTATIONS["linear"]["triton"] = switched
+    pinned = dataclasses.replace(
+        tunable,
+        bucket=lambda case: {3: 30}.get(case.size),
+        pinned=lambda bucket: [(switch, {"ON": bucket})],
+    )
+    cases = [linear_case(), dataclasses.replace(linear_case(), num_tokens=64)]
+    assert list(tune(pinned, cases, CPU, Clock(1.0, 2.0), lambda told: None)) == [30]
+    assert set(seen) == {(3, 30, 1), (3, 30, 2), (3, 30, 4)}
+    assert switch == {(DEFAULT, 1): {"ON": 0}}
+
+
+@pytest.mark.parametrize("op", TUNABLE)
+def test_every_candidate_has_what_its_table_has(op):
+    for tunable in TUNABLE[op]:
+        names = {frozenset(params) for params in (*tunable.table.values(), *tunable.candidates)}
+        assert len(names) == 1, tunable.name
+        sizes = [1, 4, 16, 64, 256, 1024, 4096]
+        cases = [case for n in sizes for case in CASES[op](SHAPES["21B tp1"], n, torch.bfloat16)]
+        cases += CASES[op](SHAPES["0.3B"], 1, torch.bfloat16)
+        assert by_bucket(tunable, cases), tunable.name
 
 
 def test_rows_to_paste_join_equal_neighbours():
@@ -296,7 +344,7 @@ def test_script_tunes(bench):
     code, out = bench("--tune", "--only", "rms_norm", *SMALL)
     assert code == 0
     assert '("default", 1024): {"num_warps": ' in out
-    assert json.loads(out.splitlines()[-1])["best"]["rms_norm"]["1024"]["us"] > 0
+    assert json.loads(out.splitlines()[-1])["best"]["rms_norm"]["rms_norm.TABLE"]["1024"]["us"] > 0
 
 
 @pytest.mark.parametrize(

@@ -1,72 +1,100 @@
 """Compiles every Triton kernel for sm_80 and sm_90 on a machine that has neither.
 
-Calls the launchers themselves, with the kernel cases of the bench on torch's "meta" device, and
-lets Triton compile where it would launch. So what is compiled is what will run: the table's rows,
-the types, the alignment. A launcher that waits for a number from the device fails here too.
-Run without TRITON_INTERPRET; prints a line of JSON for each compiled kernel.
+    python tests/kernels/compile_kernels.py [some | all] [OP ...]
+
+Run without TRITON_INTERPRET; prints a line of JSON for each compiled kernel, and one for each row
+of a launch table that no case asked for. `all` is every layout, some is what CI has time for.
 """
 
 import json
+import os
 import sys
+from collections.abc import Iterator
 
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
+from ernie_engine.bench.kernels.compiling import compile_case, compiling_for, in_processes
 from ernie_engine.bench.kernels.shapes import SHAPES
 from ernie_engine.bench.kernels.table import CASES
-from ernie_engine.kernels import launch
+from ernie_engine.kernels.launch import DEFAULT
 from ernie_engine.kernels.registry import IMPLEMENTATIONS
 
 ARCHITECTURES = (80, 90)
-# Every layout, a size in each bucket of the tables; the dtype that serves, and the one whose tiles
-# take most room.
-COMPILED = [
-    *((torch.bfloat16, name, n) for name in SHAPES for n in (1, 16, 256, 8192)),
-    *((torch.float32, "21B tp1", n) for n in (1, 16, 256, 8192)),
-]
+# Such that every bucket of every table is asked for, in the dtype that serves and in the one whose
+# tiles take most room.
+SIZES = (1, 2, 8, 16, 32, 64, 128, 256, 512, 1024, 8192)
+COMPILED = {
+    "some": [
+        *((torch.bfloat16, "21B tp1", n) for n in SIZES),
+        *((torch.bfloat16, name, n) for name in ("0.3B", "300B tp8") for n in (1, 256)),
+        *((torch.float32, "21B tp1", n) for n in (1, 32, 128, 8192)),
+    ],
+    "all": [
+        (d, name, n) for d in (torch.bfloat16, torch.float32) for name in SHAPES for n in SIZES
+    ],
+}
 
 
-class NoDevice:
-    """What Triton asks a driver for before it compiles."""
+class Asked(dict):
+    """A launch table that knows which of its rows were asked for."""
 
-    def __init__(self, arch: int):
-        self.arch = arch
+    def __init__(self, rows: dict):
+        super().__init__(rows)
+        self.asked = set()
 
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
+    def __getitem__(self, key):
+        self.asked.add(key)
+        return super().__getitem__(key)
 
-    def get_current_device(self) -> int:
-        return self.arch  # kernels are kept by device: each architecture has its own
+    def missed(self, arch: str) -> list[int]:
+        """Buckets of `arch`, or of the default if it has none, that nobody asked for."""
+        own = arch if any(name == arch for name, _ in self) else DEFAULT
+        return [bucket for name, bucket in self if name == own and (own, bucket) not in self.asked]
 
-    def get_current_stream(self, device: int) -> int:
-        return 0
+
+def launch_tables() -> dict[str, Asked]:
+    """All tables of all modules with kernels, from now on such that they know."""
+    tables = {}
+    for name, module in list(sys.modules.items()):
+        if name.startswith("ernie_engine.kernels."):
+            for attribute, value in vars(module).items():
+                if isinstance(value, dict) and value and all(_is_key(key) for key in value):
+                    tables[f"{name.rpartition('.')[2]}.{attribute}"] = Asked(value)
+                    setattr(module, attribute, tables[f"{name.rpartition('.')[2]}.{attribute}"])
+    return tables
 
 
-def compile_all(arch: int, ops: list[str]) -> None:
-    driver.set_active(NoDevice(arch))
-    launch.architecture = lambda device: f"sm_{arch}"
-    compiled, run = {}, JITFunction.run
+def _is_key(key: object) -> bool:
+    return isinstance(key, tuple) and len(key) == 2 and isinstance(key[0], str)
 
-    def compile_only(self, *args, grid, warmup, **kwargs):
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled[kernel.hash] = kernel
 
-    JITFunction.run = compile_only
-    try:
-        for op in ops:
-            for dtype, shape, num_tokens in COMPILED:
+def compile_all(arch: int, which: str, ops: list[str]) -> Iterator[dict]:
+    tables = launch_tables()
+    for op in ops:
+        with compiling_for(arch) as compiled:
+            for dtype, shape, num_tokens in COMPILED[which]:
                 for case in CASES[op](SHAPES[shape], num_tokens, dtype):
-                    IMPLEMENTATIONS[op]["triton"](*case.make(torch.device("meta")))
-            for kernel in compiled.values():
-                facts = {"op": op, "arch": arch, "kernel": kernel.name}
-                print(json.dumps({**facts, "shared": kernel.metadata.shared}), flush=True)
-            compiled.clear()
-    finally:
-        JITFunction.run = run
+                    compile_case(case)
+        for kernel in compiled.values():
+            facts = {"op": op, "arch": arch, "kernel": kernel.name}
+            yield {**facts, "shared": kernel.metadata.shared}
+    if len(ops) == len(with_kernels()):
+        for name, table in tables.items():
+            yield from (
+                {"table": name, "arch": arch, "missed": b} for b in table.missed(f"sm_{arch}")
+            )
+
+
+def with_kernels() -> list[str]:
+    return [op for op in CASES if "triton" in IMPLEMENTATIONS[op]]
+
+
+def lines_of(task: tuple[int, str, list[str]]) -> list[str]:
+    return [json.dumps(facts) for facts in compile_all(*task)]
 
 
 if __name__ == "__main__":
-    for arch in ARCHITECTURES:
-        compile_all(arch, sys.argv[1:] or [op for op in CASES if "triton" in IMPLEMENTATIONS[op]])
+    which, *ops = sys.argv[1:] or ["some"]
+    tasks = [(arch, which, ops or with_kernels()) for arch in ARCHITECTURES]
+    for lines in in_processes(lines_of, tasks, min(len(tasks), os.cpu_count() or 1)):
+        print(*lines, sep="\n", flush=True)

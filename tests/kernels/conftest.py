@@ -38,6 +38,8 @@ TOLERANCE = {
     torch.float16: 2**-10,
 }
 
+MUCH_MEMORY = 2 << 30
+
 
 def implementations_of(argument):
     """Implementation -> what a test that takes `argument`, an op's name or "ops", is given."""
@@ -70,9 +72,26 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize((argument, "device", *types), cases)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Where there is a GPU, tests that take what there is (tile_check.py) are tests of the GPU."""
+    if torch.cuda.is_available():
+        for item in items:
+            if hasattr(item.module, "where_kernels_run"):
+                item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def memory_given_back():
+    """Tests of real sizes take up to some 20 GB, and may run side by side."""
+    yield
+    if torch.cuda.is_available() and torch.cuda.memory_reserved() > MUCH_MEMORY:
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(autouse=True)

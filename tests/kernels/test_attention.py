@@ -204,7 +204,7 @@ def make(rows, heads, head_dim, dtype, block_size=16):
     device = where_kernels_run()
 
     def randn(*shape):
-        return torch.randn(*shape).to(device, dtype)
+        return torch.randn(*shape, device=device, dtype=dtype)
 
     return Case(rows, heads, head_dim, randn, device, block_size)
 
@@ -219,7 +219,7 @@ LONG_DECODES = [(1, 1), (1, 31), (1, 32), (1, 33), (1, 64), (1, 65), (8, 67), (3
 
 
 @half_and_single
-@pytest.mark.parametrize(("splits", "block_n"), [(1, 32), (2, 32), (4, 64), (16, 16), (32, 16)])
+@pytest.mark.parametrize(("splits", "block_n"), [(1, 32), (4, 64), (16, 16), (32, 16)])
 def test_decode_splits(monkeypatch, dtype, splits, block_n):
     row = {"SPLITS": splits, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 2}
     for table in ("TABLE", "TABLE_FP32"):
@@ -230,7 +230,7 @@ def test_decode_splits(monkeypatch, dtype, splits, block_n):
 @half_and_single
 @pytest.mark.parametrize("num_rows", [3, 20, 140])  # a bucket of the table each
 def test_decode_at_each_bucket(dtype, num_rows):
-    rows = [(1, 1 + 41 * row % 97) for row in range(num_rows)]
+    rows = [(1, 1 + 41 * row % 37) for row in range(num_rows)]
     check("decode", make(rows, (2, 1), 16, dtype))
 
 

@@ -29,11 +29,14 @@ def test_every_op_has_cases():
     assert list(CASES) == list(IMPLEMENTATIONS)
 
 
-@pytest.mark.timeout(600)
-def test_every_kernel_compiles_and_fits():
-    kernels = compile_kernels()
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("layouts", ["some", pytest.param("all", marks=pytest.mark.slow)])
+def test_every_kernel_compiles_and_fits_and_every_row_of_a_table_is_tried(layouts):
+    facts = compile_kernels(layouts)
+    kernels = [fact for fact in facts if "kernel" in fact]
     found = {(kernel["op"], kernel["arch"]) for kernel in kernels}
     with_kernels = [op for op, names in IMPLEMENTATIONS.items() if "triton" in names]
     assert found >= {(op, arch) for op in with_kernels for arch in SHARED_BYTES}
     too_large = [k for k in kernels if k["shared"] > SHARED_BYTES[k["arch"]]]
     assert not too_large
+    assert not [fact for fact in facts if "missed" in fact]

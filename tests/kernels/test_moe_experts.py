@@ -152,13 +152,18 @@ SIZES = [
     (32, 2, 8, 1, 1),
     (3, 9, 300, 40, 2),  # more columns than are read at once
     (2, 3, 16, 270, 3),  # in the second product, too; every expert has every token
-    (20, 2, 70, 20, 2),  # experts of more than one tile
 ]
+MANY = [(20, 2, 70, 20, 2)]  # experts of more than one tile: for the sorted ones
 
 
 @half_and_single
-@BOTH
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize(
+    ("kernels", "sizes"),
+    [
+        *((moe_experts_few, sizes) for sizes in SIZES),
+        *((moe_experts_grouped, sizes) for sizes in (*SIZES, *MANY)),
+    ],
+)
 def test_both_sets(dtype, kernels, sizes):
     check(kernels, make_there(dtype, *sizes))
 
@@ -181,15 +186,17 @@ def test_grouped_at_each_tile(monkeypatch, block_m):
 @BOTH
 def test_roundings_are_the_twins(kernels):
     """With sums of one term only roundings are left; one left out changes many a result."""
-    case = make_there(torch.float16, 150, 5, 1, 1, 2)
+    case = make_there(torch.float16, 80, 5, 1, 1, 2)
     same = kernels(*case) == moe_experts_torch(*case)
     assert same.double().mean() > 0.98  # two exponentials may fall on two sides of a border
 
 
 @BOTH
+@pytest.mark.gpu  # the interpreter runs one program after the other: always the same
 def test_the_same_bits_again(kernels):
-    case = make_there(torch.float32, 5, 6, 40, 24, 3)
-    assert torch.equal(kernels(*case), kernels(*case))
+    case = make_there(torch.float32, 300, 16, 256, 128, 3)
+    expected = kernels(*case)
+    assert all(torch.equal(kernels(*case), expected) for _ in range(20))
 
 
 @pytest.mark.parametrize(("num_tokens", "chosen"), [(1, "few"), (4, "few"), (5, "grouped")])
@@ -218,16 +225,41 @@ def check_sort(ids, num_experts, first_expert, block_m):
     assert covered == list(range(num_local))
 
 
+def sort_in(monkeypatch, block, round_size):
+    row = {"BLOCK": block, "ROUND": round_size, "num_warps": 4}
+    monkeypatch.setattr(moe_grouped, "SORT_TABLE", {(DEFAULT, 1): row})
+
+
 @pytest.mark.parametrize("block_m", [16, 32])
 @pytest.mark.parametrize(("num_experts", "first_expert"), [(1, 0), (5, 0), (5, 3)])
-@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (33, 2), (100, 4)])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (33, 2), (50, 4)])
 def test_sort(monkeypatch, shape, num_experts, first_expert, block_m):
-    row = {"BLOCK": 64, "num_warps": 4}  # so that a program goes round several times
-    monkeypatch.setattr(moe_grouped, "SORT_TABLE", {(DEFAULT, 1): row})
+    sort_in(monkeypatch, 64, 16)  # so that there are several blocks, and rounds in each
     ids = torch.randint(0, first_expert + num_experts + 2, shape)
     check_sort(ids, num_experts, first_expert, block_m)
-    for expert in (0, first_expert, first_expert + num_experts - 1, first_expert + num_experts):
+    for expert in (first_expert, first_expert + num_experts - 1, first_expert + num_experts):
         check_sort(torch.full(shape, expert), num_experts, first_expert, block_m)
+
+
+def test_sort_of_more_blocks_than_are_added_together(monkeypatch):
+    sort_in(monkeypatch, 8, 8)
+    check_sort(torch.randint(0, 9, (70, 4)), 6, 2, 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("first_expert", [0, 8])
+@pytest.mark.parametrize("num_tokens", [1, 64, 65, 1000, 16384])
+def test_sort_at_real_sizes(num_tokens, first_expert):
+    ids = torch.rand(num_tokens, 64).topk(8).indices
+    check_sort(ids, 64 - 2 * first_expert, first_expert, 128)
+
+
+@pytest.mark.parametrize("at_once", [6, 7, 20])
+def test_tokens_in_parts_are_the_tokens(monkeypatch, at_once):
+    case = make_there(torch.float32, 20, 6, 24, 20, 2)
+    whole = moe_experts_grouped(*case)
+    monkeypatch.setattr(moe_grouped, "TOKENS_AT_ONCE", at_once)
+    assert torch.equal(moe_experts_grouped(*case), whole)  # fp32 has one tile for all sizes
 
 
 @BOTH

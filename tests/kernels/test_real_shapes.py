@@ -32,13 +32,18 @@ OF_A_LAYER = [op for op in KERNELS if op not in (*ON_LOGITS, "decode_attention")
 @pytest.mark.parametrize("num_tokens", [1, 19])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_odd_sizes(kernel_device, op, num_tokens, dtype):
-    check(CASES[op](ODD, num_tokens, dtype), torch.device(kernel_device))
+    cases = CASES[op](ODD, num_tokens, dtype)
+    if kernel_device == "cpu":  # long prefixes take long; test_attention.py has short ones
+        cases = [case for case in cases if "past" not in case.label]
+    check(cases, torch.device(kernel_device))
 
 
 @pytest.mark.parametrize("op", ON_LOGITS)
 def test_the_whole_vocabulary(kernel_device, op):
     cases = list(CASES[op](SHAPES["0.3B"], 1, torch.float32))
     assert cases
+    if kernel_device == "cpu":  # test_top_filter.py has each filter alone, at smaller sizes
+        cases = [case for case in cases if case.label not in ("temperature", "top_k", "top_p")]
     check(cases, torch.device(kernel_device))
 
 

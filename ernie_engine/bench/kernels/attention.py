@@ -1,6 +1,7 @@
 """Cases of attention over a paged cache: prompts and decode rows."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,8 +35,10 @@ def decode_attention_cases(
 ) -> Iterator[KernelCase]:
     for context in CONTEXTS:
         if tokens <= MAX_DECODE_ROWS and tokens * context <= MAX_CACHED_TOKENS:
-            rows = [(1, context)] * tokens
-            yield _case("decode_attention", f"{shape.name} {context}", shape, rows, dtype)
+            case = _case(
+                "decode_attention", f"{shape.name} {context}", shape, [(1, context)] * tokens, dtype
+            )
+            yield replace(case, table_size=tokens * shape.kv_heads)
 
 
 def _case(

@@ -5,6 +5,7 @@ Owns the order of these and the figures that come of them. How time is taken: ti
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -71,13 +72,20 @@ def make_arguments(case: KernelCase, device: torch.device) -> tuple[Any, ...]:
 
 def find_problem(case: KernelCase, op: Op, twin: Op, arguments: tuple[Any, ...]) -> str | None:
     """What is wrong with op's results, if anything."""
+    return make_check(case, twin, arguments)(op)
 
+
+def make_check(
+    case: KernelCase, twin: Op, arguments: tuple[Any, ...]
+) -> Callable[[Op], str | None]:
+    """The same for many ops: the twin runs once."""
+
+    @cache
     def wide() -> list[Tensor]:
         return _results(case, twin, tuple(map(_widened, arguments)))
 
-    return case.check(
-        arguments, _results(case, op, arguments), wide, _results(case, twin, arguments)
-    )
+    expected = _results(case, twin, arguments)
+    return lambda op: case.check(arguments, _results(case, op, arguments), wide, expected)
 
 
 def _results(case: KernelCase, op: Op, arguments: tuple[Any, ...]) -> list[Tensor]:

@@ -5,43 +5,143 @@ not fit the card is told and left out.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from triton.runtime.errors import OutOfResources
+from triton.errors import TritonError
 
 from ernie_engine.bench.kernels.case import KernelCase
-from ernie_engine.bench.kernels.measure import find_problem, make_arguments
+from ernie_engine.bench.kernels.measure import make_arguments, make_check
 from ernie_engine.bench.kernels.timing import Timer
-from ernie_engine.kernels import rms_norm, rope, router, swiglu, top_filter, vocab_head
+from ernie_engine.kernels import (
+    decode_attention,
+    linear,
+    moe,
+    moe_few,
+    moe_grouped,
+    prefill_attention,
+    rms_norm,
+    rope,
+    router,
+    swiglu,
+    top_filter,
+    vocab_head,
+)
 from ernie_engine.kernels.launch import DEFAULT, architecture
 from ernie_engine.kernels.registry import IMPLEMENTATIONS
 
 Params = dict[str, int]
+Table = dict[tuple[str, int], Params]
 Tell = Callable[[str], object]
+
+
+def _size(case: KernelCase) -> int | None:
+    return case.size
+
+
+def _nothing(bucket: int) -> list[tuple[Table, Params]]:
+    return []
 
 
 @dataclass(frozen=True)
 class Tunable:
-    table: dict[tuple[str, int], Params]
+    """A launch table of an op.
+
+    `bucket` gives what the table goes by in a case; None: that case says nothing about it.
+    `pinned`, for a bucket, rows of other tables without which the table would not be asked.
+    """
+
+    name: str  # of the table: "linear.TABLE"
+    table: Table
     candidates: Sequence[Params]
+    bucket: Callable[[KernelCase], int | None] = _size
+    pinned: Callable[[int], list[tuple[Table, Params]]] = _nothing
 
 
+def _few(limit: int) -> Callable[[KernelCase], int | None]:
+    return lambda case: case.size if case.size <= limit else None
+
+
+def _splits_of(case: KernelCase) -> int | None:
+    """Programs before keys are split; of chunks behind a prefix, which is what splits are for."""
+    if "past" not in case.label:
+        return None
+    arguments = case.make(torch.device("meta"))
+    return prefill_attention.num_programs(arguments[0], arguments[1], len(arguments[5]))
+
+
+# Tokens with which a tile size of the grouped products is at its best, under even routing.
+TILE_OF = {64: 16, 256: 32, 1024: 64, 4096: 128}
+
+
+def _tile_of(case: KernelCase) -> int | None:
+    return TILE_OF.get(case.size)
+
+
+def _grouped(*more: tuple[Table, Params]) -> list[tuple[Table, Params]]:
+    return [(moe.FEW, {"FEW": 0}), *more]
+
+
+def _with_tile(block_m: int) -> list[tuple[Table, Params]]:
+    return _grouped((moe_grouped.TILE_TABLE, {"BLOCK_M": block_m}))
+
+
+def _ungrouped(_: int) -> list[tuple[Table, Params]]:
+    return [(moe.FEW, {"FEW": 1})]
+
+
+# op -> its tables, in the order of search: each finds the rows before it in use.
 TUNABLE = {
-    "rms_norm": Tunable(rms_norm.TABLE, rms_norm.CANDIDATES),
-    "add_rms_norm": Tunable(rms_norm.TABLE, rms_norm.CANDIDATES),
-    "rope_and_cache": Tunable(rope.TABLE, rope.CANDIDATES),
-    "swiglu": Tunable(swiglu.TABLE, swiglu.CANDIDATES),
-    "router": Tunable(router.TABLE, router.CANDIDATES),
-    "sample": Tunable(top_filter.TABLE, top_filter.CANDIDATES),
-    "vocab_head": Tunable(vocab_head.TABLE, vocab_head.CANDIDATES),
+    "linear": [Tunable("linear.TABLE", linear.TABLE, linear.CANDIDATES, _few(linear.MAX_TOKENS))],
+    "rms_norm": [Tunable("rms_norm.TABLE", rms_norm.TABLE, rms_norm.CANDIDATES)],
+    "add_rms_norm": [Tunable("rms_norm.TABLE", rms_norm.TABLE, rms_norm.CANDIDATES)],
+    "rope_and_cache": [Tunable("rope.TABLE", rope.TABLE, rope.CANDIDATES)],
+    "prefill_attention": [
+        Tunable(
+            "prefill_attention.SPLIT_TABLE",
+            prefill_attention.SPLIT_TABLE,
+            prefill_attention.SPLIT_CANDIDATES,
+            _splits_of,
+        ),
+        Tunable("prefill_attention.TABLE", prefill_attention.TABLE, prefill_attention.CANDIDATES),
+    ],
+    "decode_attention": [
+        Tunable("decode_attention.TABLE", decode_attention.TABLE, decode_attention.CANDIDATES)
+    ],
+    "swiglu": [Tunable("swiglu.TABLE", swiglu.TABLE, swiglu.CANDIDATES)],
+    "router": [Tunable("router.TABLE", router.TABLE, router.CANDIDATES)],
+    "moe_experts": [
+        *(
+            Tunable(f"moe_few.{name}", table, moe_few.CANDIDATES, _few(8), _ungrouped)
+            for name, table in (
+                ("GATE_UP_TABLE", moe_few.GATE_UP_TABLE),
+                ("DOWN_TABLE", moe_few.DOWN_TABLE),
+            )
+        ),
+        *(
+            Tunable(f"moe_grouped.{name}", table, moe_grouped.CANDIDATES, _tile_of, _with_tile)
+            for name, table in (
+                ("GATE_UP_TABLE", moe_grouped.GATE_UP_TABLE),
+                ("DOWN_TABLE", moe_grouped.DOWN_TABLE),
+            )
+        ),
+        Tunable(
+            "moe_grouped.TILE_TABLE",
+            moe_grouped.TILE_TABLE,
+            moe_grouped.TILE_CANDIDATES,
+            pinned=lambda _: _grouped(),
+        ),
+        Tunable("moe.FEW", moe.FEW, moe.FEW_CANDIDATES, _few(16)),
+    ],
+    "sample": [Tunable("top_filter.TABLE", top_filter.TABLE, top_filter.CANDIDATES)],
+    "vocab_head": [Tunable("vocab_head.TABLE", vocab_head.TABLE, vocab_head.CANDIDATES)],
 }
 
 
 @contextmanager
-def only_row(table: dict[tuple[str, int], Params], params: Params) -> Iterator[None]:
+def only_row(table: Table, params: Params) -> Iterator[None]:
     """Every size is launched with `params`."""
     rows = dict(table)
     table.clear()
@@ -53,35 +153,66 @@ def only_row(table: dict[tuple[str, int], Params], params: Params) -> Iterator[N
         table.update(rows)
 
 
+@contextmanager
+def launched_with(tunable: Tunable, bucket: int, params: Params) -> Iterator[None]:
+    """Every case of that bucket is launched with the candidate."""
+    with ExitStack() as stack:
+        for table, pinned in (*tunable.pinned(bucket), (tunable.table, params)):
+            stack.enter_context(only_row(table, pinned))
+        yield
+
+
+def by_bucket(tunable: Tunable, cases: Iterable[KernelCase]) -> dict[int, list[KernelCase]]:
+    groups: dict[int, list[KernelCase]] = {}
+    for case in cases:
+        bucket = tunable.bucket(case)
+        if bucket is not None:
+            groups.setdefault(bucket, []).append(case)
+    return dict(sorted(groups.items()))
+
+
 def tune(
     tunable: Tunable, cases: Iterable[KernelCase], device: torch.device, timer: Timer, tell: Tell
 ) -> dict[int, tuple[Params, float]]:
-    """Size -> the candidate with the least time over the cases of that size, and that time."""
-    by_size: dict[int, list[KernelCase]] = {}
-    for case in cases:
-        by_size.setdefault(case.size, []).append(case)
+    """Bucket -> the best candidate over the cases there, and the seconds of all of them with it."""
     best: dict[int, tuple[Params, float]] = {}
-    for size, group in sorted(by_size.items()):
-        totals = [0.0] * len(tunable.candidates)
-        for case in group:
-            times = _times(tunable, case, device, timer, tell)
-            totals = [total + seconds for total, seconds in zip(totals, times, strict=True)]
-        # The least time in all: where two layouts disagree, the larger work decides.
-        seconds, place = min((total, i) for i, total in enumerate(totals))
-        if seconds < float("inf"):
-            best[size] = tunable.candidates[place], seconds
+    for bucket, group in by_bucket(tunable, cases).items():
+        times = [_times(tunable, bucket, case, device, timer, tell) for case in group]
+        if (place := _best_of(times)) is not None:
+            best[bucket] = tunable.candidates[place], sum(of_case[place] for of_case in times)
+            tell(f"{tunable.name} {bucket}: {best[bucket][0]}, {best[bucket][1] * 1e6:.1f} us")
     return best
 
 
+def _best_of(times: Sequence[Sequence[float]]) -> int | None:
+    """times [case][candidate] -> the candidate that is least behind the best of each case, each
+    counting as much as any other; None if none can be used everywhere."""
+    fastest = [min(of_case) for of_case in times]
+    if float("inf") in fastest:
+        return None
+    behind = [
+        sum(t / least for t, least in zip(of_candidate, fastest, strict=True))
+        for of_candidate in zip(*times, strict=True)
+    ]
+    place = min(range(len(behind)), key=behind.__getitem__)
+    return place if behind[place] < float("inf") else None
+
+
 def _times(
-    tunable: Tunable, case: KernelCase, device: torch.device, timer: Timer, tell: Tell
+    tunable: Tunable,
+    bucket: int,
+    case: KernelCase,
+    device: torch.device,
+    timer: Timer,
+    tell: Tell,
 ) -> list[float]:
     """Of each candidate; infinite for one that cannot be used."""
     op, twin = (IMPLEMENTATIONS[case.op][name] for name in ("triton", "torch"))
-    arguments, times = make_arguments(case, device), []
+    arguments = make_arguments(case, device)
+    check, times = make_check(case, twin, arguments), []
     for params in tunable.candidates:
-        with only_row(tunable.table, params):
-            problem = _problem(case, op, twin, arguments)
+        with launched_with(tunable, bucket, params):
+            problem = _problem(check, op)
             usable = problem is None
             times.append(timer(lambda: op(*arguments), graph=True) if usable else float("inf"))
         if problem is not None:
@@ -89,11 +220,24 @@ def _times(
     return times
 
 
-def _problem(case: KernelCase, op: Any, twin: Any, arguments: tuple[Any, ...]) -> str | None:
+def _problem(check: Callable[[Any], str | None], op: Any) -> str | None:
     try:
-        return find_problem(case, op, twin, arguments)
-    except OutOfResources as error:
+        return check(op)
+    except TritonError as error:
         return str(error)
+    except RuntimeError as error:
+        if "PassManager" not in str(error):  # the compiler gave up: no word about the card
+            raise
+        return str(error)
+
+
+def use(tunable: Tunable, device: torch.device, best: Mapping[int, tuple[Params, float]]) -> None:
+    """What was found is the table of this process from now on."""
+    arch = architecture(device)
+    if best:
+        for key in [key for key in tunable.table if key[0] == arch]:
+            del tunable.table[key]
+        tunable.table.update({(arch, bucket): params for bucket, (params, _) in best.items()})
 
 
 def table_rows(device: torch.device, best: Mapping[int, tuple[Params, float]]) -> list[str]:
