@@ -93,8 +93,19 @@ DECODE_ROWS = [
 ]
 
 
+@pytest.fixture
+def head_dim(request, few):
+    """Under the interpreter the least and the largest must do."""
+    if few(request.param, None) is None and request.param == 64:
+        pytest.skip("left to a GPU")
+    return request.param
+
+
+HEAD_DIMS = pytest.mark.parametrize("head_dim", [16, 64, 128], indirect=True)
+
+
 @pytest.mark.parametrize("rows", PREFILL_ROWS)
-@pytest.mark.parametrize("head_dim", [16, 64, 128])
+@HEAD_DIMS
 def test_prefill(prefill_attention, device, dtype, randn, assert_near, rows, head_dim):
     case = Case(rows, (4, 2), head_dim, randn, device)
     out = case.run(prefill_attention)
@@ -103,7 +114,7 @@ def test_prefill(prefill_attention, device, dtype, randn, assert_near, rows, hea
 
 
 @pytest.mark.parametrize("rows", DECODE_ROWS)
-@pytest.mark.parametrize("head_dim", [16, 64, 128])
+@HEAD_DIMS
 def test_decode(decode_attention, device, dtype, randn, assert_near, rows, head_dim):
     case = Case(rows, (4, 2), head_dim, randn, device)
     out = case.run(decode_attention)
