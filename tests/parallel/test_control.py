@@ -411,6 +411,20 @@ def test_a_rank_that_will_not_come_says_why():
     hub.stop()
 
 
+def test_a_name_that_means_loopback_here_is_listened_for_everywhere(monkeypatch):
+    """As Debian has it for a host's own name: other hosts know another address by it."""
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
+    store = Store()
+    hub = Hub(replace(world(0), local_size=1, master_addr="head"), store, 10.0, None, Vitals)
+    assert hub._listener.getsockname()[0] == "0.0.0.0"
+    assert json.loads(store.get("control"))["host"] == "head"
+    hub.stop()
+    for name in ("localhost", "127.0.0.1"):  # two agents on one host
+        hub = Hub(replace(world(0), local_size=1, master_addr=name), Store(), 10.0, None, Vitals)
+        assert hub._listener.getsockname()[0] == "127.0.0.1"
+        hub.stop()
+
+
 def test_a_port_that_is_taken_or_an_address_of_another_host_is_told():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
