@@ -25,6 +25,8 @@ DOWN_TABLE = {
     (DEFAULT, 8): {"BLOCK": 8, "BLOCK_K": 256, "STAGES": 2, "num_warps": 4},
     ("sm_90", 8): {"BLOCK": 8, "BLOCK_K": 512, "STAGES": 3, "num_warps": 4},
 }
+# A stage of fp32 is twice as large: with three, a whole row of 3584 columns leaves no room.
+DOWN_TABLE_FP32 = {(DEFAULT, 8): {"BLOCK": 8, "BLOCK_K": 256, "STAGES": 2, "num_warps": 4}}
 # For either launch.
 CANDIDATES = [
     {"BLOCK": block, "BLOCK_K": k, "STAGES": stages, "num_warps": warps}
@@ -130,7 +132,8 @@ def moe_experts_few(
     launch = pick(GATE_UP_TABLE, x.device, num_tokens)
     grid = triton.cdiv(width, launch["BLOCK"]), ids.numel()
     _gate_up_kernel[grid](x, gate_up, ids, hidden, first_expert, **shape, **launch)
-    launch = pick(DOWN_TABLE, x.device, num_tokens)
+    table = DOWN_TABLE_FP32 if x.dtype == torch.float32 else DOWN_TABLE
+    launch = pick(table, x.device, num_tokens)
     grid = triton.cdiv(hidden_size, launch["BLOCK"]), num_tokens
     _down_kernel[grid](hidden, down, weights, ids, out, first_expert, **shape, **launch)
     return out
