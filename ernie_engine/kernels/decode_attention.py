@@ -7,8 +7,8 @@ the cache is the cost. Never reads a slot beyond a row's context: blocks are reu
 slots may hold anything, NaN too.
 
 The kernel cuts each context into `SPLITS` ranges, a program each, or one long row would keep
-one program busy and the card idle; a second launch puts them together. Grids depend on the
-shapes of tensors alone: ranges that a short row does not fill end at once.
+one program busy and the card idle; the last program of a row puts them together. Grids depend on
+the shapes of tensors alone: ranges that a short row does not fill end at once.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -26,11 +26,11 @@ from ernie_engine.kernels.paged_attention import (
     STEP_ARGUMENTS,
     attend,
     check_layout,
-    merge_splits,
     split_buffers,
-    store_empty_split,
     store_split,
 )
+from ernie_engine.kernels.products import empty_sum
+from ernie_engine.kernels.tickets import is_last, tickets
 
 # By rows x K/V heads, the number of programs before a context is split.
 TABLE = {
@@ -47,7 +47,7 @@ TABLE = {
 }
 CANDIDATES = [
     {"SPLITS": splits, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
-    for splits in (1, 2, 4, 8, 16, 32, 64, 128)
+    for splits in (1, 2, 4, 8, 16, 32, 64)
     for n, warps in ((32, 2), (32, 4), (64, 2), (64, 4), (128, 4))
     for stages in (3, 5)  # two a step: block ids, then keys
 ]
@@ -57,7 +57,51 @@ TABLE_FP32 = {
     (DEFAULT, 128): {"SPLITS": 4, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
     (DEFAULT, 512): {"SPLITS": 1, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
 }
+MIN_SPLIT_KEYS = tl.constexpr(64)  # a range has no fewer: merging would cost more than it saves
+MERGED_NUMBERS = tl.constexpr(8192)  # partial values that a merging program holds in registers
 MAX_GATHERED_TOKENS = 1 << 18  # rows x longest context of one padded batch
+
+
+@triton.jit
+def _merge(
+    values,
+    lse,
+    out,
+    used,
+    stride,
+    first_pair,
+    num_queries,
+    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """out[pair] = sum_s 2^(lse[s, pair] - max lse) values[s, pair] / sum_s 2^(...), over the `used`
+    splits, for the row's query tokens and the heads of one group; see _split_kernel()."""
+    AT_ONCE: tl.constexpr = min(SPLITS, max(1, MERGED_NUMBERS // (ROWS * HEAD_DIM)))
+    m, dims = tl.arange(0, ROWS), tl.arange(0, HEAD_DIM)
+    real = m < num_queries * GROUP
+    pair = first_pair + (m // GROUP).to(tl.int64) * (KV_HEADS * GROUP) + m % GROUP
+    splits = tl.arange(0, SPLITS)[:, None]
+    at = lse + splits * stride + pair[None, :]
+    shares = tl.load(at, mask=(splits < used) & real[None, :], other=0.0, cache_modifier=".cg")
+    top = tl.max(tl.where(splits < used, shares, float("-inf")), 0)  # [ROWS]
+    acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for start in tl.range(0, used, AT_ONCE):
+        split = start + tl.arange(0, AT_ONCE)[:, None]
+        inside = (split < used) & real[None, :]
+        result = split * stride + pair[None, :]  # [AT_ONCE, ROWS]
+        parts = tl.load(lse + result, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        weights = tl.where(inside, tl.exp2(parts - top[None, :]), 0.0)
+        tile = values + result[:, :, None] * HEAD_DIM + dims[None, None, :]
+        part = tl.load(tile, mask=inside[:, :, None], other=0.0, cache_modifier=".cg")
+        acc += tl.sum(weights[:, :, None] * part, 0)
+        total += tl.sum(weights, 0)
+    acc /= tl.where(real, total, 1.0)[:, None]
+    places = out + pair[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(places, acc.to(out.dtype.element_ty), mask=real[:, None])
 
 
 @triton.jit(do_not_specialize=STEP_ARGUMENTS)
@@ -70,6 +114,8 @@ def _split_kernel(
     context_lens,
     values,
     lse,
+    out,
+    tickets,
     scale,
     num_tokens,
     table_width,
@@ -77,35 +123,38 @@ def _split_kernel(
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    QUERIES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """One row, K/V head and range of keys -> values [SPLITS, T, Hq, D], lse [SPLITS, T, Hq]."""
+    """One row, K/V head and range of keys -> values [SPLITS, T, Hq, D], lse [SPLITS, T, Hq].
+
+    A context fills as many of the SPLITS ranges as have MIN_SPLIT_KEYS keys each; the program that
+    finishes last puts them together. With one range that is all: straight to `out`.
+    """
     split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first_token = tl.load(query_start + row)
     num_queries = tl.load(query_start + row + 1) - first_token
     context = tl.load(context_lens + row)
-    if num_queries == 0:
-        return
-    m = tl.arange(0, BLOCK_M)
-    real = m < num_queries * GROUP
-    head = kv_head * GROUP + m % GROUP
-    pair = (first_token + m // GROUP).to(tl.int64) * (KV_HEADS * GROUP) + head
-    result = split.to(tl.int64) * num_tokens * (KV_HEADS * GROUP) + pair
-    per_split = tl.cdiv(tl.cdiv(context, BLOCK_N), SPLITS) * BLOCK_N
+    per_split = tl.cdiv(tl.maximum(tl.cdiv(context, SPLITS), MIN_SPLIT_KEYS), BLOCK_N) * BLOCK_N
     first = split * per_split
-    if first >= context:
-        store_empty_split(lse, result, real, BLOCK_M)
+    if (num_queries == 0) | (first >= context):
         return
+    ROWS: tl.constexpr = triton.next_power_of_2(GROUP * QUERIES)
+    m = tl.arange(0, max(16, ROWS))  # the least rows of a product
+    real = m < num_queries * GROUP
+    first_pair = first_token.to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP
+    pair = first_pair + (m // GROUP).to(tl.int64) * (KV_HEADS * GROUP) + m % GROUP
+    stride = num_tokens.to(tl.int64) * (KV_HEADS * GROUP)
     dims = tl.arange(0, HEAD_DIM)
     q_tile = tl.load(q + pair[:, None] * HEAD_DIM + dims[None, :], mask=real[:, None], other=0)
+    acc = empty_sum(max(16, ROWS), HEAD_DIM, q.dtype.element_ty)
     acc, total, top = attend(
         q_tile,
         context - num_queries + m // GROUP,
-        tl.zeros([BLOCK_M, HEAD_DIM], tl.float32),
-        tl.zeros([BLOCK_M], tl.float32),
-        tl.full([BLOCK_M], float("-inf"), tl.float32),
+        acc,
+        tl.zeros([max(16, ROWS)], acc.dtype),
+        tl.full([max(16, ROWS)], float("-inf"), tl.float32),
         k_cache,
         v_cache,
         block_tables + row * table_width,
@@ -119,7 +168,24 @@ def _split_kernel(
         BLOCK_N,
         True,
     )
-    store_split(acc, total, top, values, lse, result, real, HEAD_DIM, SPLITS)
+    store_split(acc, total, top, values, lse, split * stride + pair, real, HEAD_DIM, SPLITS)
+    if SPLITS > 1:
+        used = tl.cdiv(context, per_split)
+        if is_last(tickets + row * KV_HEADS + kv_head, used):
+            _merge(
+                values,
+                lse,
+                out,
+                used,
+                stride,
+                first_pair,
+                num_queries,
+                GROUP,
+                KV_HEADS,
+                HEAD_DIM,
+                ROWS,
+                SPLITS,
+            )
 
 
 def decode_attention_triton(
@@ -141,8 +207,10 @@ def decode_attention_triton(
         return out
     check_layout(q, k_cache, v_cache, block_tables)
     table = TABLE_FP32 if q.dtype == torch.float32 else TABLE
-    launch, group = pick(table, q.device, num_rows * kv_heads), num_heads // kv_heads
+    launch = pick(table, q.device, num_rows * kv_heads)
     values, lse = split_buffers(out, launch["SPLITS"])
+    counters = tickets("decode_attention", q.device)
+    assert num_rows * kv_heads <= len(counters)
     _split_kernel[launch["SPLITS"], kv_heads, num_rows](
         q,
         k_cache,
@@ -152,17 +220,18 @@ def decode_attention_triton(
         context_lens,
         values,
         lse,
+        out,
+        counters,
         scale * LOG2_E,
         num_tokens,
         block_tables.stride(0),
-        GROUP=group,
+        GROUP=num_heads // kv_heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
-        BLOCK_M=max(16, triton.next_power_of_2(group * max_query_len)),
+        QUERIES=max_query_len,
         **launch,
     )
-    merge_splits(values, lse, query_start, out)
     return out
 
 

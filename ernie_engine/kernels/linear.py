@@ -2,8 +2,9 @@
 
 Never reduces over ranks: the parallel layers do that with what comes out.
 
-Few tokens: reading the weight is the cost. The weight is the left operand, so that its rows fill
-the tensor cores' tile and the tokens its narrow side. A weight with few rows is cut along K as
+One token or two: a program holds some rows of the weight and multiplies (gemv.py). More, but few:
+reading the weight is still the cost. It is the left operand of a product of tiles, so that its rows
+fill the tensor cores' tile and the tokens its narrow side. A weight with few rows is cut along K as
 well, into parts whose sums a second launch adds in order; into how many depends on the weight's
 shape alone. Many tokens: cuBLAS, by the size rule MAX_TOKENS.
 """
@@ -17,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ernie_engine.kernels.gemv import MOST_TOKENS, dot_rows, load_rows, load_vector
 from ernie_engine.kernels.launch import DEFAULT, pick
-from ernie_engine.kernels.products import add_product, load_columns
+from ernie_engine.kernels.products import add_product, empty_sum, load_columns
 
 # The most tokens that the kernel takes; above, cuBLAS is as fast as the card allows.
 # Measurement: none yet. cuBLAS on an H200 at 1 / 32 / 256 tokens of 21B: QKV 7.3 / 7.9 / 10.6 us,
@@ -48,6 +50,19 @@ CANDIDATES = [
 TABLE_FP32 = {
     (DEFAULT, 64): {"BLOCK_N": 32, "BLOCK_M": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
 }
+# By tokens: 1 = rows held by a program, not tiles. Not measured yet.
+FEW = {(DEFAULT, 2): {"FEW": 1}, (DEFAULT, 3): {"FEW": 0}}
+FEW_CANDIDATES = [{"FEW": 1}, {"FEW": 0}]
+# By columns. BLOCK_N: rows of a program.
+ROWS_TABLE = {
+    (DEFAULT, 1024): {"BLOCK_N": 16, "num_warps": 4},
+    (DEFAULT, 4096): {"BLOCK_N": 8, "num_warps": 8},
+    (DEFAULT, 16384): {"BLOCK_N": 2, "num_warps": 8},
+}
+ROWS_CANDIDATES = [
+    {"BLOCK_N": rows, "num_warps": warps} for rows in (1, 2, 4, 8, 16) for warps in (2, 4, 8)
+]
+MOST_COLUMNS = 16384  # of a row that a program holds
 SPLIT_ROWS, SPLIT_PROGRAMS, SPLIT_MIN_K = 32, 128, 256  # see num_splits
 
 
@@ -80,7 +95,7 @@ def _linear_kernel(
     weight_rows, x_rows = weight + row.to(tl.int64) * K, x + token * K
     PER_SPLIT: tl.constexpr = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS) * BLOCK_K
     first = split * PER_SPLIT
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    acc = empty_sum(BLOCK_N, BLOCK_M, x.dtype.element_ty)
     for start in tl.range(first, tl.minimum(first + PER_SPLIT, K), BLOCK_K):
         w_tile = load_columns(weight_rows, row < N, start, K, BLOCK_K)
         x_tile = load_columns(x_rows, token < num_tokens, start, K, BLOCK_K)
@@ -98,6 +113,44 @@ def _add_parts_kernel(parts, y, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr)
     for split in tl.static_range(SPLITS):
         total += tl.load(parts + split * size + place, mask=place < size, other=0.0)
     tl.store(y + place, total.to(y.dtype.element_ty), mask=place < size)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _rows_kernel(
+    x,
+    weight,
+    y,
+    num_tokens,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """x [T, K], weight [N, K] -> y [T, N]: BLOCK_N rows of the weight times every token."""
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = load_rows(weight, row, N, K, WIDTH)
+    for token in tl.range(0, num_tokens):
+        value = dot_rows(rows, load_vector(x + token * K, K, WIDTH))
+        tl.store(y + token * N + row, value.to(y.dtype.element_ty), mask=row < N)
+
+
+def few_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Up to MOST_TOKENS tokens and MOST_COLUMNS columns. All tensors contiguous."""
+    (num_tokens, inner), num_rows = x.shape, len(weight)
+    assert x.is_contiguous() and weight.is_contiguous()
+    assert num_tokens <= MOST_TOKENS and inner <= MOST_COLUMNS
+    y = x.new_empty(num_tokens, num_rows)
+    if y.numel() == 0:
+        return y
+    launch = pick(ROWS_TABLE, x.device, inner)
+    _rows_kernel[(triton.cdiv(num_rows, launch["BLOCK_N"]),)](
+        *(x, weight, y, num_tokens),
+        N=num_rows,
+        K=inner,
+        WIDTH=triton.next_power_of_2(inner),
+        **launch,
+    )
+    return y
 
 
 def small_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -127,7 +180,10 @@ def small_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def linear_triton(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, K], weight [N, K], contiguous -> [T, N]."""
-    return small_linear(x, weight) if len(x) <= MAX_TOKENS else F.linear(x, weight)
+    if len(x) > MAX_TOKENS:
+        return F.linear(x, weight)
+    few = pick(FEW, x.device, len(x))["FEW"] and x.shape[1] <= MOST_COLUMNS
+    return few_linear(x, weight) if few else small_linear(x, weight)
 
 
 def linear_torch(x: Tensor, weight: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
-"""The routed experts' SwiGLU MLPs and their weighted sum.
+"""The experts' SwiGLU MLPs: the routed ones' weighted sum, and the shared ones.
 
     y[t] = sum_j w[t, j] * down[e] @ swiglu(gate_up[e] @ x[t]),   e = ids[t, j]
+         + shared_down @ swiglu(shared_gate_up @ x[t])
 
 Each w * y is rounded to the dtype; the k of them are summed in fp32, in the order of ids, and
-rounded once. With experts dealt out over ranks, those of other ranks add nothing here and the
-sum is a partial one. Never sees the router's bias, nor shared experts.
+rounded once; the shared experts' output, rounded, is added and the sum rounded again. With experts
+dealt out over ranks, those of other ranks add nothing here and the sum is a partial one. Never sees
+the router's bias.
 
 Two sets of kernels by the number of tokens: moe_few.py reads each token's experts for itself,
 moe_grouped.py sorts the tokens by expert so that each expert is read once.
@@ -15,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ernie_engine.kernels.launch import DEFAULT, pick
+from ernie_engine.kernels.linear import linear_triton
 from ernie_engine.kernels.moe_few import moe_experts_few
 from ernie_engine.kernels.moe_grouped import moe_experts_grouped
-from ernie_engine.kernels.swiglu import swiglu_torch
+from ernie_engine.kernels.swiglu import swiglu_torch, swiglu_triton
 
 # By tokens: 1 = without sorting. Not measured yet: at 2 tokens of 21B 11.4 of 12 chosen experts
 # are different ones under uniform routing, at 4 tokens 21 of 24, at 8 tokens 35 of 48.
@@ -26,25 +29,57 @@ FEW_CANDIDATES = [{"FEW": 1}, {"FEW": 0}]
 
 
 def moe_experts_triton(
-    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor, first_expert: int = 0
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    first_expert: int = 0,
+    shared_gate_up: Tensor | None = None,
+    shared_down: Tensor | None = None,
 ) -> Tensor:
     """As the twin; all tensors contiguous."""
     assert all(t.is_contiguous() for t in (x, gate_up, down, weights, ids))
     if x.numel() == 0:
         return torch.empty_like(x)
-    experts = moe_experts_few if pick(FEW, x.device, len(x))["FEW"] else moe_experts_grouped
-    return experts(x, gate_up, down, weights, ids, first_expert)
+    width = 0 if shared_down is None else shared_down.shape[1]
+    if pick(FEW, x.device, len(x))["FEW"] and width % down.shape[2] == 0:
+        return moe_experts_few(
+            x, gate_up, down, weights, ids, first_expert, shared_gate_up, shared_down
+        )
+    shared = None
+    if shared_gate_up is not None and shared_down is not None:
+        shared = linear_triton(swiglu_triton(linear_triton(x, shared_gate_up)), shared_down)
+    return moe_experts_grouped(x, gate_up, down, weights, ids, first_expert, shared)
 
 
 def moe_experts_torch(
-    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor, first_expert: int = 0
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    first_expert: int = 0,
+    shared_gate_up: Tensor | None = None,
+    shared_down: Tensor | None = None,
 ) -> Tensor:
     """x [T, H], gate_up [E, 2 I, H] (gate rows first), down [E, H, I], weights [T, k],
-    ids [T, k] int64, the ids of a token distinct -> [T, H].
+    ids [T, k] int64, the ids of a token distinct, shared_gate_up [2 Is, H], shared_down [H, Is],
+    or no shared experts -> [T, H].
 
     The matrices are those of the experts first_expert .. first_expert + E - 1; an id outside
     that range is passed over. Rows are sorted by expert: one pair of products for each in use.
     """
+    y = _routed(x, gate_up, down, weights, ids, first_expert)
+    if shared_gate_up is None or shared_down is None:
+        return y
+    return y + F.linear(swiglu_torch(F.linear(x, shared_gate_up)), shared_down)
+
+
+def _routed(
+    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor, first_expert: int
+) -> Tensor:
+    """The weighted sum of the routed experts."""
     top_k, num_experts = ids.shape[1], gate_up.shape[0]
     local = ids.flatten() - first_expert
     local = local.where((local >= 0) & (local < num_experts), num_experts)  # others' come last

@@ -1,7 +1,8 @@
-"""The routed experts for a few tokens, without sorting: see moe.py for the maths.
+"""The experts for a few tokens, without sorting: see moe.py for the maths.
 
-A program owns output rows and reads the weights of one choice after the other, each once; two
-tokens that chose the same expert read it twice. No tensor cores: with one token there is nothing
+A program owns output rows and reads the weights of a token's choices, each once; two tokens that
+chose the same expert read it twice. The shared experts, as wide as some routed ones together, are
+read as so many more choices, by the same launches. No tensor cores: with one token there is nothing
 to multiply a tile by, and the memory is the limit. Never synchronises with the host.
 """
 
@@ -15,26 +16,32 @@ from torch import Tensor
 
 from ernie_engine.kernels.launch import DEFAULT, pick
 
-# By tokens. Not measured yet. BLOCK: output rows of a program (of gate and of up each, in the
-# first launch); BLOCK_K: columns read at once; STAGES: loads in flight.
+# By tokens. BLOCK: output rows of a program (of gate and of up each, in the first launch); BLOCK_K:
+# columns read at once; STAGES: loads in flight.
 GATE_UP_TABLE = {
     (DEFAULT, 8): {"BLOCK": 8, "BLOCK_K": 256, "STAGES": 3, "num_warps": 4},
-    ("sm_90", 8): {"BLOCK": 8, "BLOCK_K": 512, "STAGES": 4, "num_warps": 4},
+    ("sm_90", 8): {"BLOCK": 4, "BLOCK_K": 512, "STAGES": 3, "num_warps": 4},
 }
-DOWN_TABLE = {
-    (DEFAULT, 8): {"BLOCK": 8, "BLOCK_K": 256, "STAGES": 2, "num_warps": 4},
-    ("sm_90", 8): {"BLOCK": 8, "BLOCK_K": 512, "STAGES": 3, "num_warps": 4},
-}
-# A stage of fp32 is twice as large: with three, a whole row of 3584 columns leaves no room.
-DOWN_TABLE_FP32 = {(DEFAULT, 8): {"BLOCK": 8, "BLOCK_K": 256, "STAGES": 2, "num_warps": 4}}
-# For either launch.
-CANDIDATES = [
+GATE_UP_CANDIDATES = [
     {"BLOCK": block, "BLOCK_K": k, "STAGES": stages, "num_warps": warps}
-    for block in (4, 8, 16)
-    for k in (256, 512, 1024)
-    for stages in (2, 3, 4)
+    for block in (2, 4, 8)
+    for k in (512, 1024, 2048, 4096)
+    for stages in (1, 3)
     for warps in (2, 4, 8)
+    if 4 <= block * k // (warps * 128) <= 64
 ]
+DOWN_TABLE = {
+    (DEFAULT, 8): {"BLOCK": 2, "BLOCK_K": 256, "STAGES": 1, "num_warps": 4},
+}
+DOWN_CANDIDATES = [
+    {"BLOCK": block, "BLOCK_K": k, "STAGES": stages, "num_warps": warps}
+    for block in (1, 2, 4)
+    for k in (128, 256, 512, 1024, 2048)
+    for stages in (1, 2)
+    for warps in (2, 4, 8)
+    if 4 <= 2 * block * k // (warps * 32) <= 64
+]
+DOWN_TABLE_FP32 = {(DEFAULT, 8): {"BLOCK": 1, "BLOCK_K": 256, "STAGES": 1, "num_warps": 4}}
 
 
 @triton.jit
@@ -49,34 +56,43 @@ def silu_product(gate, up, DTYPE: tl.constexpr):
 def _gate_up_kernel(
     x,
     gate_up,
+    shared,
     ids,
     hidden,
     first_expert,
     NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
+    SHARED: tl.constexpr,
     H: tl.constexpr,
     I: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """x [T, H], gate_up [E, 2 I, H] -> hidden [T k, I]: one choice of a token, BLOCK rows."""
+    """x [T, H], gate_up [E, 2 I, H], shared [2 SHARED I, H] -> hidden [T, k + SHARED, I]: one
+    choice of a token, or one of SHARED equal parts of the shared experts; BLOCK rows of it."""
     entry = tl.program_id(1)
-    expert = tl.load(ids + entry).to(tl.int64) - first_expert
+    token, part = entry // (TOP_K + SHARED), entry % (TOP_K + SHARED)
+    expert = tl.load(ids + token * TOP_K + part, mask=part < TOP_K, other=first_expert)
+    expert = expert.to(tl.int64) - first_expert
     if (expert < 0) | (expert >= NUM_EXPERTS):  # another rank's; nobody reads its hidden row
         return
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     # Rows outside are read twice instead of masked; only the store needs a mask.
-    gate_rows = gate_up + (expert * (2 * I) + tl.minimum(row, I - 1))[:, None] * H
-    x_row = x + entry // TOP_K * H
+    read = tl.minimum(row, I - 1)
+    gate_rows = gate_up + (expert * (2 * I) + read)[:, None] * H
+    up_rows = gate_rows + I * H
+    if part >= TOP_K:
+        gate_rows = shared + ((part - TOP_K) * I + read)[:, None] * H
+        up_rows = gate_rows + SHARED * I * H
+    x_row = x + token * H
     gate = tl.zeros([BLOCK, BLOCK_K], tl.float32)
     up = tl.zeros([BLOCK, BLOCK_K], tl.float32)
     for start in tl.range(0, H, BLOCK_K, num_stages=STAGES):
-        k = start + tl.arange(0, BLOCK_K)
-        x_part = tl.load(x_row + k, mask=k < H, other=0.0).to(tl.float32)[None, :]
-        k = k[None, :]
+        k = start + tl.arange(0, BLOCK_K)[None, :]
+        x_part = tl.load(x_row + k, mask=k < H, other=0.0).to(tl.float32)
         gate += tl.load(gate_rows + k, mask=k < H, other=0.0).to(tl.float32) * x_part
-        up += tl.load(gate_rows + I * H + k, mask=k < H, other=0.0).to(tl.float32) * x_part
+        up += tl.load(up_rows + k, mask=k < H, other=0.0).to(tl.float32) * x_part
     y = silu_product(tl.sum(gate, 1), tl.sum(up, 1), hidden.dtype.element_ty)
     tl.store(hidden + entry.to(tl.int64) * I + row, y, mask=row < I)
 
@@ -85,55 +101,85 @@ def _gate_up_kernel(
 def _down_kernel(
     hidden,
     down,
+    shared,
     weights,
     ids,
     out,
     first_expert,
     NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
+    SHARED: tl.constexpr,
+    PARTS: tl.constexpr,  # a power of two that holds TOP_K + SHARED
     H: tl.constexpr,
     I: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """hidden [T k, I], down [E, H, I], weights, ids [T, k] -> out [T, H]: BLOCK of a row."""
+    """hidden [T, k + SHARED, I], down [E, H, I], shared [H, SHARED I], weights, ids [T, k] -> out
+    [T, H]: BLOCK of a row. All choices at once, so that their weights come together."""
     token = tl.program_id(1)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    read = tl.minimum(row, H - 1)
-    total = tl.zeros([BLOCK], tl.float32)
-    # A loop that stays rolled, over choices: the next one's weights are on the way meanwhile.
-    for choice in tl.range(0, TOP_K, num_stages=STAGES):
-        entry = token * TOP_K + choice
-        expert = tl.load(ids + entry).to(tl.int64) - first_expert
-        ours = (expert >= 0) & (expert < NUM_EXPERTS)
-        down_rows = down + (expert * H + read)[:, None] * I
-        acc = tl.zeros([BLOCK, BLOCK_K], tl.float32)
-        for start in tl.static_range(0, I, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            inside = ours & (k < I)
-            part = tl.load(hidden + entry * I + k, mask=inside, other=0.0).to(tl.float32)[None, :]
-            k, inside = k[None, :], inside[None, :]
-            acc += tl.load(down_rows + k, mask=inside, other=0.0).to(tl.float32) * part
-        y = tl.sum(acc, 1).to(out.dtype.element_ty).to(tl.float32)
-        weighted = (y * tl.load(weights + entry).to(tl.float32)).to(out.dtype.element_ty)
-        total += tl.where(ours, weighted.to(tl.float32), 0.0)
-    tl.store(out + token * H + row, total.to(out.dtype.element_ty), mask=row < H)
+    read = tl.minimum(row, H - 1)[None, :]
+    part = tl.arange(0, PARTS)[:, None]
+    is_shared = (part >= TOP_K) & (part < TOP_K + SHARED)
+    expert = tl.load(ids + token * TOP_K + part, mask=part < TOP_K, other=-1) - first_expert
+    ours = (part < TOP_K) & (expert >= 0) & (expert < NUM_EXPERTS)
+    routed_rows = down + (tl.where(ours, expert, 0).to(tl.int64) * H + read) * I
+    shared_rows = shared + read * (SHARED * I) + tl.where(is_shared, part - TOP_K, 0) * I
+    rows = tl.where(is_shared, shared_rows, routed_rows)[:, :, None]  # [PARTS, BLOCK, 1]
+    inside = (ours | is_shared)[:, :, None]
+    hidden_rows = hidden + (token * (TOP_K + SHARED) + part).to(tl.int64)[:, :, None] * I
+    acc = tl.zeros([PARTS, BLOCK, BLOCK_K], tl.float32)
+    for start in tl.range(0, I, BLOCK_K, num_stages=STAGES):
+        k = start + tl.arange(0, BLOCK_K)[None, None, :]
+        mask = inside & (k < I)
+        vector = tl.load(hidden_rows + k, mask=mask, other=0.0).to(tl.float32)
+        acc += tl.load(rows + k, mask=mask, other=0.0).to(tl.float32) * vector
+    y = tl.sum(acc, 2)  # [PARTS, BLOCK]
+    dtype = out.dtype.element_ty
+    weight = tl.load(weights + token * TOP_K + part, mask=part < TOP_K, other=0.0).to(tl.float32)
+    weighted = (y.to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
+    total = tl.sum(tl.where(ours, weighted, 0.0), 0).to(dtype)
+    if SHARED > 0:
+        more = tl.sum(tl.where(is_shared, y, 0.0), 0).to(dtype)
+        total = (total.to(tl.float32) + more.to(tl.float32)).to(dtype)
+    tl.store(out + token * H + row, total, mask=row < H)
 
 
 def moe_experts_few(
-    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor, first_expert: int = 0
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    first_expert: int = 0,
+    shared_gate_up: Tensor | None = None,
+    shared_down: Tensor | None = None,
 ) -> Tensor:
-    """As the twin, all tensors contiguous, with at least one token."""
+    """As the twin, all tensors contiguous, with at least one token. The shared experts' width is a
+    multiple of a routed one's."""
     (num_tokens, hidden_size), top_k = x.shape, ids.shape[1]
     num_experts, _, width = down.shape
+    if shared_gate_up is None or shared_down is None:
+        num_shared, shared_gate_up, shared_down = 0, gate_up, down
+    else:
+        num_shared = shared_down.shape[1] // width
+        assert shared_down.shape[1] == num_shared * width
     shape = {"NUM_EXPERTS": num_experts, "TOP_K": top_k, "H": hidden_size, "I": width}
-    hidden, out = x.new_empty(ids.numel(), width), torch.empty_like(x)
+    shape["SHARED"] = num_shared
+    hidden, out = x.new_empty(num_tokens, top_k + num_shared, width), torch.empty_like(x)
     launch = pick(GATE_UP_TABLE, x.device, num_tokens)
-    grid = triton.cdiv(width, launch["BLOCK"]), ids.numel()
-    _gate_up_kernel[grid](x, gate_up, ids, hidden, first_expert, **shape, **launch)
+    grid = triton.cdiv(width, launch["BLOCK"]), num_tokens * (top_k + num_shared)
+    _gate_up_kernel[grid](x, gate_up, shared_gate_up, ids, hidden, first_expert, **shape, **launch)
     table = DOWN_TABLE_FP32 if x.dtype == torch.float32 else DOWN_TABLE
     launch = pick(table, x.device, num_tokens)
     grid = triton.cdiv(hidden_size, launch["BLOCK"]), num_tokens
-    _down_kernel[grid](hidden, down, weights, ids, out, first_expert, **shape, **launch)
+    parts = triton.next_power_of_2(top_k + num_shared)
+    _down_kernel[grid](
+        *(hidden, down, shared_down, weights, ids, out, first_expert),
+        PARTS=parts,
+        **shape,
+        **launch,
+    )
     return out

@@ -3,7 +3,7 @@
     sort      entries (a token's choices) by expert; a list of tiles, each of one expert
     gate-up   a tile x rows of gate and up -> swiglu, in sorted order
     down      a tile x rows of down -> times the token's weight, back in the entries' order
-    sum       the k results of each token, in the order of its choices
+    sum       the k results of each token, in the order of its choices, and the shared experts'
 
 The tile list is made on the device, in places that need no counting on the host: grids are upper
 bounds fixed by shapes, surplus programs end at once. Weights are the left operand: their rows
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ernie_engine.kernels.launch import DEFAULT, pick
 from ernie_engine.kernels.moe_few import silu_product
-from ernie_engine.kernels.products import add_product, load_columns
+from ernie_engine.kernels.products import add_product, empty_sum, load_columns
 
 # By tokens, not measured yet. BLOCK_M: entries of a tile, of one size for both products.
 TILE_TABLE = {
@@ -242,8 +242,8 @@ def _gate_up_kernel(
     x_rows = x + token * H
     gate_rows = gate_up + (expert * (2 * I) + row) * H
     up_rows = gate_rows + I * H
-    gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    gate = empty_sum(BLOCK_N, BLOCK_M, x.dtype.element_ty)
+    up = empty_sum(BLOCK_N, BLOCK_M, x.dtype.element_ty)
     for start in tl.range(0, H, BLOCK_K):
         x_tile = tl.trans(load_columns(x_rows, place < last, start, H, BLOCK_K))
         gate_tile = load_columns(gate_rows, row < I, start, H, BLOCK_K)
@@ -280,7 +280,7 @@ def _down_kernel(
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     hidden_rows = hidden + place.to(tl.int64) * I
     down_rows = down + (expert * H + row) * I
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    acc = empty_sum(BLOCK_N, BLOCK_M, hidden.dtype.element_ty)
     for start in tl.range(0, I, BLOCK_K):
         hidden_tile = tl.trans(load_columns(hidden_rows, place < last, start, I, BLOCK_K))
         down_tile = load_columns(down_rows, row < H, start, I, BLOCK_K)
@@ -297,14 +297,16 @@ def _down_kernel(
 def _sum_kernel(
     products,
     ids,
+    shared,
     out,
     first_expert,
+    HAS_SHARED: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     H: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """products [T k, H], ids [T, k] -> out [T, H]: fp32 sums in the order of ids."""
+    """products [T k, H], ids [T, k], shared [T, H] -> out [T, H]: fp32 sums in the order of ids."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -314,17 +316,29 @@ def _sum_kernel(
         # No product was written for other ranks' experts.
         ours = (expert >= 0) & (expert < NUM_EXPERTS) & (column < H)
         total += tl.load(products + entry * H + column, mask=ours, other=0.0).to(tl.float32)
-    tl.store(out + token * H + column, total.to(out.dtype.element_ty), mask=column < H)
+    total = total.to(out.dtype.element_ty)
+    if HAS_SHARED:
+        more = tl.load(shared + token * H + column, mask=column < H, other=0.0)
+        total = (total.to(tl.float32) + more.to(tl.float32)).to(total.dtype)
+    tl.store(out + token * H + column, total, mask=column < H)
 
 
 def moe_experts_grouped(
-    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor, first_expert: int = 0
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    first_expert: int = 0,
+    shared: Tensor | None = None,
 ) -> Tensor:
-    """As the twin, all tensors contiguous, with at least one token."""
+    """As the twin, all tensors contiguous, with at least one token; `shared` [T, H] is what the
+    shared experts gave."""
     out = torch.empty_like(x)
     for start in range(0, len(x), TOKENS_AT_ONCE):
         part = slice(start, start + TOKENS_AT_ONCE)
-        _compute(x[part], gate_up, down, weights[part], ids[part], first_expert, out[part])
+        more = None if shared is None else shared[part]
+        _compute(x[part], gate_up, down, weights[part], ids[part], first_expert, more, out[part])
     return out
 
 
@@ -335,6 +349,7 @@ def _compute(
     weights: Tensor,
     ids: Tensor,
     first_expert: int,
+    shared: Tensor | None,
     out: Tensor,
 ) -> None:
     """As the twin, into `out`."""
@@ -358,7 +373,8 @@ def _compute(
 
     block = min(SUM_BLOCK, triton.next_power_of_2(hidden_size))
     _sum_kernel[num_tokens, triton.cdiv(hidden_size, block)](
-        *(products, ids, out, first_expert),
+        *(products, ids, out if shared is None else shared, out, first_expert),
+        HAS_SHARED=shared is not None,
         NUM_EXPERTS=num_experts,
         TOP_K=top_k,
         H=hidden_size,

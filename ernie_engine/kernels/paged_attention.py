@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ernie_engine.kernels.products import add_product
+
 LOG2_E = 1.4426950408889634  # the softmax runs on powers of two: callers scale by this as well
 MERGED_AT_ONCE = 16  # splits; with one warp a thread holds their values in registers
 # What differs from step to step, views of larger tensors among it, makes no kernel of its own.
@@ -58,12 +60,12 @@ def attend(
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Takes keys first .. last - 1 of a row into (acc [M, D], total [M], top [M]), all fp32.
+    """Takes keys first .. last - 1 of a row into (acc [M, D], total [M], top [M]).
 
     q [M, D] in the cache's dtype, positions [M] of its tokens, table: the row's block ids. top is
     the maximum of scale * q.k, total the sum of 2^(scale * q.k - top), acc that of the same times
-    v; they start as -inf, 0 and 0. Without MASKED all keys must be visible to all rows of q and
-    last - first be a multiple of BLOCK_N.
+    v; they start as -inf, 0 and 0, acc and total as sums that products.py tells of. Without MASKED
+    all keys must be visible to all rows of q and last - first be a multiple of BLOCK_N.
     """
     dims = tl.arange(0, HEAD_DIM)
     for start in tl.range(first, last, BLOCK_N):
@@ -84,7 +86,7 @@ def attend(
         p = tl.exp2(scores * scale - shift[:, None])
         keep = tl.exp2(top - shift)
         v = _load_if(v_cache + where, inside[:, None], MASKED)
-        acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision="ieee")
+        acc = add_product(p.to(v.dtype), v, acc * keep[:, None])
         total = total * keep + tl.sum(p, 1)
         top = new_top
     return acc, total, top

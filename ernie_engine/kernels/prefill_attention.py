@@ -33,6 +33,7 @@ from ernie_engine.kernels.paged_attention import (
     store_empty_split,
     store_split,
 )
+from ernie_engine.kernels.products import empty_sum
 
 # By query tokens of the batch.
 TABLE = {
@@ -158,8 +159,8 @@ def _prefill_kernel(
     border = tl.maximum(first, tl.minimum(seen_by_all, last))
     dims = tl.arange(0, HEAD_DIM)
     q_tile = tl.load(q + pair[:, None] * HEAD_DIM + dims[None, :], mask=real[:, None], other=0)
-    acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = empty_sum(BLOCK_M, HEAD_DIM, q.dtype.element_ty)
+    total = tl.zeros([BLOCK_M], acc.dtype)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for masked in tl.static_range(2):
         acc, total, top = attend(

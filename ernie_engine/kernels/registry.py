@@ -1,12 +1,14 @@
 """Which implementation of each op runs: the table of all there are, and the choice among them.
 
 A choice is made once and handed on as an `Ops`. Never changes it later, and never replaces an
-implementation that was asked for by another: what does not exist is an error.
+implementation that was asked for by another: what does not exist is an error. A fusion, one launch
+for what several ops do, runs where all these run as Triton kernels; else they do, one by one.
 """
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 from torch import Tensor
 from triton import knobs
@@ -17,6 +19,8 @@ from ernie_engine.kernels import (
     linear,
     logprobs,
     moe,
+    norm_qkv_rope,
+    norm_router,
     penalties,
     prefill_attention,
     rms_norm,
@@ -26,6 +30,7 @@ from ernie_engine.kernels import (
     swiglu,
     vocab_head,
 )
+from ernie_engine.kernels.parts import Parts
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class Ops:
     apply_penalties: Callable[..., Tensor]
     sample: Callable[..., Tensor]
     token_logprobs: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    norm_qkv_rope: Callable[..., tuple[Tensor, Tensor]]
+    norm_router: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
     def implementations(self) -> dict[str, str]:
         """op -> the name of what runs."""
@@ -83,7 +90,8 @@ class Counted:
 
 def _name_of(op: str, function: Callable) -> str:
     plain = function.function if isinstance(function, Counted) else function
-    return next(name for name, known in IMPLEMENTATIONS[op].items() if known is plain)
+    known = IMPLEMENTATIONS[op].items()
+    return next((name for name, function in known if function is plain), PARTS)
 
 
 # op -> implementation -> function
@@ -101,13 +109,27 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     **penalties.IMPLEMENTATIONS,
     **sampling.IMPLEMENTATIONS,
     **logprobs.IMPLEMENTATIONS,
+    **norm_qkv_rope.IMPLEMENTATIONS,
+    **norm_router.IMPLEMENTATIONS,
 }
+# fusion -> how it is put together from other ops, and from which
+FUSIONS = {
+    "norm_qkv_rope": (
+        norm_qkv_rope.composed,
+        ("rms_norm", "add_rms_norm", "linear", "rope_and_cache"),
+    ),
+    "norm_router": (norm_router.composed, ("rms_norm", "add_rms_norm", "router")),
+}
+PARTS = "parts"  # what runs for a fusion whose parts run one by one
 
 # Device type -> the implementation "auto" stands for. On a GPU the kernels take over here, once
 # they were proven on one.
 AUTO = {"cpu": "torch", "cuda": "torch"}
 VARIABLE = "ERNIE_KERNELS"  # what "auto" means instead, if set
-SYNTAX = "NAME for all ops, then -OP for torch instead or OP=NAME; such as 'triton,-linear'"
+SYNTAX = (
+    "NAME for all ops, then -OP for torch instead (a fusion: for its parts) or OP=NAME; "
+    "such as 'triton,-linear'"
+)
 
 
 def asked_for(kernels: str) -> str:
@@ -125,7 +147,7 @@ def select(kernels: str, device_type: str) -> Ops:
     try:
         chosen = _parse(kernels, AUTO[device_type])
         _check_runnable(chosen, device_type)
-        return Ops(**{op: _find(op, name) for op, name in chosen.items()})
+        return _assemble(chosen)
     except ValueError as error:
         raise ValueError(f"kernels={kernels!r} (or {VARIABLE}): {error}") from None
 
@@ -136,16 +158,21 @@ def _parse(kernels: str, auto: str) -> dict[str, str]:
     known = sorted({name for names in IMPLEMENTATIONS.values() for name in names})
     if first not in ("auto", *known):
         raise ValueError(f"use one of {['auto', *known]}; {SYNTAX}")
-    chosen = dict.fromkeys(IMPLEMENTATIONS, auto if first == "auto" else first)
+    everywhere = auto if first == "auto" else first
+    chosen = {op: everywhere for op in IMPLEMENTATIONS if op not in FUSIONS}
     for exception in exceptions:
-        op, name = exception.removeprefix("-"), "torch"
+        op = exception.removeprefix("-")
+        name = PARTS if op in FUSIONS else "torch"
         if not exception.startswith("-"):
             op, is_pair, name = exception.partition("=")
             if not is_pair:
                 raise ValueError(f"{exception!r} is neither -OP nor OP=NAME; {SYNTAX}")
-        if op not in chosen:
-            raise ValueError(f"there is no op {op!r}; use one of {list(chosen)}")
+        if op not in IMPLEMENTATIONS:
+            raise ValueError(f"there is no op {op!r}; use one of {list(IMPLEMENTATIONS)}")
         chosen[op] = name
+    for fusion, (_, parts) in FUSIONS.items():
+        names = {chosen[part] for part in parts}
+        chosen.setdefault(fusion, names.pop() if len(names) == 1 else PARTS)
     return chosen
 
 
@@ -155,6 +182,15 @@ def _check_runnable(chosen: dict[str, str], device_type: str) -> None:
             "Triton kernels need a GPU (or TRITON_INTERPRET=1, for tests); "
             "use 'torch' with device='cpu'"
         )
+
+
+def _assemble(chosen: dict[str, str]) -> Ops:
+    known = {op: _find(op, name) for op, name in chosen.items() if op not in FUSIONS}
+    parts = Parts(**{field.name: known[field.name] for field in fields(Parts)})
+    for fusion, (composed, _) in FUSIONS.items():
+        by_parts = chosen[fusion] == PARTS
+        known[fusion] = partial(composed, parts) if by_parts else _find(fusion, chosen[fusion])
+    return Ops(**known)
 
 
 def _find(op: str, name: str) -> Callable:

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from ernie_engine.kernels.launch import DEFAULT, pick
 from ernie_engine.kernels.ordering import FIRST_KEY, order_keys
-from ernie_engine.kernels.products import add_product
+from ernie_engine.kernels.products import add_exact_product, empty_sum
 
 # By the number of tokens. ROWS 1: a sum for each logit, else products of tiles.
 TABLE = {
@@ -34,13 +35,13 @@ CANDIDATES = [
     *(
         {"ROWS": 1, "EXPERTS": experts, "INNER": 1024, "num_warps": warps, "num_stages": 2}
         for experts in (1, 2, 4, 8)
-        for warps in (2, 4, 8)
+        for warps in (2, 4)
     ),
     *(
-        {"ROWS": rows, "EXPERTS": experts, "INNER": inner, "num_warps": warps, "num_stages": 3}
-        for rows, experts in ((16, 16), (16, 32), (32, 32), (32, 64), (64, 64), (128, 64))
-        for inner in (32, 64)
-        for warps in (4, 8)
+        {"ROWS": rows, "EXPERTS": experts, "INNER": inner, "num_warps": 4, "num_stages": stages}
+        for rows, experts in ((16, 16), (16, 32), (16, 64), (32, 32), (32, 64), (64, 64), (128, 64))
+        for inner in (32, 64, 128)
+        for stages in (3, 4)
     ),
 ]
 CHOICE_ROWS = 4  # tokens of a program that chooses
@@ -58,11 +59,12 @@ def _logits_kernel(
     ROWS: tl.constexpr,
     EXPERTS: tl.constexpr,
     INNER: tl.constexpr,
+    IN_PARTS: tl.constexpr,
 ):
     """logits [T, E] = x @ weight.T in fp32: a program owns a tile."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     experts = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)[:, None]
-    total = tl.zeros([ROWS, EXPERTS], dtype=tl.float32)
+    total = empty_sum(EXPERTS, ROWS, x.dtype.element_ty)
     for start in range(0, hidden, INNER):
         inner = start + tl.arange(0, INNER)[None, :]
         row_mask = (rows < num_tokens) & (inner < hidden)
@@ -70,20 +72,22 @@ def _logits_kernel(
         expert_mask = (experts < num_experts) & (inner < hidden)
         b = tl.load(weight + experts * hidden + inner, mask=expert_mask, other=0.0)
         if ROWS == 1:
-            total += tl.sum(a.to(tl.float32) * b, axis=1)[None, :]
+            total += tl.sum(a.to(tl.float32) * b, axis=1)[:, None]
         else:
-            total = add_product(a.to(tl.float32), b.T, total)
-    columns = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)[None, :]
-    mask = (rows < num_tokens) & (columns < num_experts)
-    tl.store(logits + rows.to(tl.int64) * num_experts + columns, total, mask=mask)
+            total = add_exact_product(b, a.T, total, IN_PARTS)
+    columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
+    mask = (experts < num_experts) & (columns < num_tokens)
+    at = logits + columns.to(tl.int64) * num_experts + experts
+    tl.store(at, total.to(tl.float32), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
-def _choose_kernel(
+@triton.jit
+def choose(
     logits,
     bias,
     weights,
     ids,
+    first,
     num_tokens,
     num_experts,
     norm_min,
@@ -92,10 +96,12 @@ def _choose_kernel(
     CHOICES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    """logits [T, E] -> weights, ids [T, k], of the tokens first .. first + ROWS - 1."""
+    rows = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     experts, choices = tl.arange(0, EXPERTS)[None, :], tl.arange(0, CHOICES)[None, :]
     row_in, expert_in = rows < num_tokens, experts < num_experts
-    z = tl.load(logits + rows * num_experts + experts, mask=row_in & expert_in, other=-float("inf"))
+    at = logits + rows * num_experts + experts
+    z = tl.load(at, mask=row_in & expert_in, other=-float("inf"), cache_modifier=".cg")
     z = tl.where(row_in, z, 0.0)  # what is not stored had better not be NaN
     p = tl.exp(z - tl.max(z, axis=1, keep_dims=True))
     p = tl.div_rn(p, tl.broadcast_to(tl.sum(p, axis=1, keep_dims=True), p.shape))
@@ -118,6 +124,36 @@ def _choose_kernel(
     tl.store(ids + at, chosen_id, mask=mask)
 
 
+@triton.jit(do_not_specialize=["num_tokens"])
+def _choose_kernel(
+    logits,
+    bias,
+    weights,
+    ids,
+    num_tokens,
+    num_experts,
+    norm_min,
+    TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    CHOICES: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    choose(
+        logits,
+        bias,
+        weights,
+        ids,
+        tl.program_id(0) * ROWS,
+        num_tokens,
+        num_experts,
+        norm_min,
+        TOP_K,
+        EXPERTS,
+        CHOICES,
+        ROWS,
+    )
+
+
 def router_triton(
     x: Tensor, weight: Tensor, bias: Tensor, top_k: int, norm_min: float
 ) -> tuple[Tensor, Tensor]:
@@ -130,7 +166,9 @@ def router_triton(
     options = pick(TABLE, device, num_tokens)
     tiles = (num_tokens, options["ROWS"]), (num_experts, options["EXPERTS"])
     _logits_kernel[tuple(triton.cdiv(*tile) for tile in tiles)](
-        x, weight, logits, x.stride(0), num_tokens, num_experts, hidden, **options
+        *(x, weight, logits, x.stride(0), num_tokens, num_experts, hidden),
+        IN_PARTS=x.dtype == torch.bfloat16 and not knobs.runtime.interpret,  # wrong in bf16
+        **options,
     )
     weights = torch.empty(num_tokens, top_k, dtype=x.dtype, device=device)
     ids = torch.empty(num_tokens, top_k, dtype=torch.int64, device=device)

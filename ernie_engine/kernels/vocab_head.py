@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ernie_engine.kernels.launch import DEFAULT, pick
-from ernie_engine.kernels.products import add_product
+from ernie_engine.kernels.products import add_product, empty_sum
 
 # By the number of rows. K_BYTES: of a tile along the inner dimension, so that fp32 fits too.
 TABLE = {
@@ -62,7 +62,7 @@ def _vocab_head_kernel(
     inner = tl.arange(0, INNER)[None, :]
     x_at = x + rows[:, None].to(tl.int64) * x_stride + inner
     weight_at = weight + tokens[:, None].to(tl.int64) * weight_stride + inner
-    total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    total = empty_sum(ROWS, COLUMNS, x.dtype.element_ty)
     for start in range(0, hidden, INNER):
         left, right = row_in, token_in
         if not EVEN:

@@ -14,31 +14,15 @@ from ernie_engine.kernels.registry import Ops
 from ernie_engine.kernels.rope import rope_table
 from ernie_engine.model.batch import ForwardBatch
 from ernie_engine.model.kv_cache import KVCache
-from ernie_engine.model.moe import MLP, MoE
+from ernie_engine.model.moe import MLP, MoE, RMSNorm
 from ernie_engine.parallel.layers import (
     QKVParallelLinear,
     RowParallelLinear,
     VocabParallel,
     WeightPart,
-    empty_weight,
     whole_part,
 )
 from ernie_engine.parallel.mesh import Placement
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm, after adding x to the residual if there is one."""
-
-    def __init__(self, config: ModelConfig, ops: Ops, place: Placement):
-        super().__init__()
-        self.ops, self.eps = ops, config.rms_norm_eps
-        self.weight = empty_weight(config.hidden_size, place=place)
-
-    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x, residual [T, H] -> norm(residual + x), residual + x."""
-        if residual is None:
-            return self.ops.rms_norm(x, self.weight, self.eps), x
-        return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -54,11 +38,16 @@ class Attention(nn.Module):
         )
         self.o_proj = RowParallelLinear(heads * head_dim, hidden, place, ops.linear)
 
-    def forward(self, x: Tensor, batch: ForwardBatch, kv: KVCache) -> Tensor:  # [T, H] -> [T, H]
-        q, k, v = self.qkv_proj(x)
+    def forward(
+        self, x: Tensor, residual: Tensor | None, norm: RMSNorm, batch: ForwardBatch, kv: KVCache
+    ) -> tuple[Tensor, Tensor]:
+        """x, residual [T, H] -> attention of norm(residual + x) [T, H], residual + x."""
         cache = kv.layer(self.index)
-        q = self.ops.rope_and_cache(q, k, v, self.rope, batch.positions, *cache, batch.cache_slots)
-        return self.o_proj(self._attend(q, batch, *cache).flatten(1))
+        q, hidden = self.ops.norm_qkv_rope(
+            *(x, residual, norm.weight, norm.eps, self.qkv_proj.weight),
+            *(self.rope, batch.positions, *cache, batch.cache_slots),
+        )
+        return self.o_proj(self._attend(q, batch, *cache).flatten(1)), hidden
 
     def _attend(self, q: Tensor, batch: ForwardBatch, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         """Rows of one query token and longer rows go to kernels of their own."""
@@ -90,9 +79,9 @@ class DecoderLayer(nn.Module):
         rope: Tensor,
     ):
         super().__init__()
-        self.input_layernorm = RMSNorm(config, ops, place)
+        self.input_layernorm = RMSNorm(config, place)
         self.self_attn = Attention(config, ops, place, index, rope)
-        self.post_attention_layernorm = RMSNorm(config, ops, place)
+        self.post_attention_layernorm = RMSNorm(config, place)
         if config.is_moe_layer(layer):
             self.mlp = MoE(config, ops, place)
         else:
@@ -101,10 +90,8 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None, batch: ForwardBatch, kv: KVCache
     ) -> tuple[Tensor, Tensor]:
-        x, hidden = self.input_layernorm(x, residual)
-        x = self.self_attn(x, batch, kv)
-        x, hidden = self.post_attention_layernorm(x, hidden)
-        return self.mlp(x), hidden
+        x, hidden = self.self_attn(x, residual, self.input_layernorm, batch, kv)
+        return self.mlp(x, hidden, self.post_attention_layernorm)
 
     def parts(self, prefix: str) -> Iterator[WeightPart]:
         norms = "input_layernorm", "post_attention_layernorm"
@@ -140,7 +127,7 @@ class Ernie(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(config, ops, place, layer, layer - layers.start, rope) for layer in layers
         )
-        self.norm = RMSNorm(config, ops, place) if last else None
+        self.norm = RMSNorm(config, place) if last else None
         self.lm_head = VocabParallel(*table) if last and not self.tied else None
 
     def forward(self, batch: ForwardBatch, kv: KVCache, stream: Tensor | None) -> Tensor:
@@ -158,7 +145,7 @@ class Ernie(nn.Module):
         """Rows of the last stage's forward() [R, H] -> logits [R, V] fp32, on every rank of it."""
         head = self.embed if self.tied else self.lm_head
         assert self.norm is not None and head is not None, "only the last stage has logits"
-        x, _ = self.norm(hidden, None)
+        x = self.ops.rms_norm(hidden, self.norm.weight, self.norm.eps)
         return head.logits(x, self.ops.vocab_head)
 
     def parts(self) -> Iterator[WeightPart]:

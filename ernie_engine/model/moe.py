@@ -23,6 +23,15 @@ from ernie_engine.parallel.layers import (
 from ernie_engine.parallel.mesh import Placement
 
 
+class RMSNorm(nn.Module):
+    """The weight of a root-mean-square norm; what follows the norm is fused with it."""
+
+    def __init__(self, config: ModelConfig, place: Placement):
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.weight = empty_weight(config.hidden_size, place=place)
+
+
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)); the dense layers and, without `reduce`, the shared experts."""
 
@@ -34,8 +43,10 @@ class MLP(nn.Module):
         self.gate_up_proj = ColumnParallelLinear(hidden_size, [width, width], place, ops.linear)
         self.down_proj = RowParallelLinear(width, hidden_size, place, ops.linear, reduce)
 
-    def forward(self, x: Tensor) -> Tensor:  # [T, H] -> [T, H]
-        return self.down_proj(self.ops.swiglu(self.gate_up_proj(x)))
+    def forward(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """x, residual [T, H] -> MLP of norm(residual + x) [T, H], residual + x."""
+        x, hidden = self.ops.add_rms_norm(x, residual, norm.weight, norm.eps)
+        return self.down_proj(self.ops.swiglu(self.gate_up_proj(x))), hidden
 
     def parts(self, prefix: str) -> Iterator[WeightPart]:
         yield from self.gate_up_proj.parts(f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight")
@@ -52,9 +63,14 @@ class Router(nn.Module):
         self.weight = empty_weight(*shape, place=place, dtype=torch.float32)
         self.bias = empty_weight(shape[0], place=place, dtype=torch.float32)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, H] -> weights [T, k] in x's dtype, expert ids [T, k]."""
-        return self.ops.router(x, self.weight, self.bias, self.top_k, self.norm_min)
+    def forward(
+        self, x: Tensor, residual: Tensor, norm: RMSNorm
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x, residual [T, H] -> norm(residual + x), residual + x, weights [T, k], ids [T, k]."""
+        return self.ops.norm_router(
+            *(x, residual, norm.weight, norm.eps),
+            *(self.weight, self.bias, self.top_k, self.norm_min),
+        )
 
     def parts(self, prefix: str) -> Iterator[WeightPart]:
         yield whole_part(f"{prefix}.gate.weight", self.weight)
@@ -76,13 +92,15 @@ class MoE(nn.Module):
         if shared_width:
             self.shared_experts = MLP(hidden_size, shared_width, ops, place, reduce=False)
 
-    def forward(self, x: Tensor) -> Tensor:  # [T, H] -> [T, H]
-        weights, ids = self.gate(x)
-        experts = self.experts
-        y = self.ops.moe_experts(x, experts.gate_up, experts.down, weights, ids, experts.first)
-        if self.shared_experts is not None:
-            y = y + self.shared_experts(x)
-        return all_reduce(y, self.mesh)  # one for both
+    def forward(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """x, residual [T, H] -> experts of norm(residual + x) [T, H], residual + x."""
+        x, hidden, weights, ids = self.gate(x, residual, norm)
+        experts, shared = self.experts, self.shared_experts
+        of_shared = (shared.gate_up_proj.weight, shared.down_proj.weight) if shared else ()
+        y = self.ops.moe_experts(
+            x, experts.gate_up, experts.down, weights, ids, experts.first, *of_shared
+        )
+        return all_reduce(y, self.mesh), hidden  # one for the routed and the shared
 
     def parts(self, prefix: str) -> Iterator[WeightPart]:
         yield from self.gate.parts(prefix)

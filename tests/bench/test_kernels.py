@@ -161,11 +161,16 @@ def test_same_bits_wants_every_bit():
 class Clock:
     """A timer that measures nothing: it says how long each op takes, and notes who was timed."""
 
-    def __init__(self, *seconds):
-        self.seconds, self.graphs = list(seconds), []
+    def __init__(self, *seconds, num_copies=1):
+        self.seconds, self.num_copies, self.graphs = list(seconds), num_copies, []
 
-    def __call__(self, work, *, graph):
-        work()
+    def copies(self, num_bytes):
+        return self.num_copies
+
+    def __call__(self, works, *, graph):
+        assert len(works) == self.num_copies
+        for work in works:
+            work()
         self.graphs.append(graph)
         return self.seconds.pop(0)
 
@@ -179,11 +184,13 @@ def linear_case():
 
 def test_a_right_kernel_is_timed_beside_its_twin():
     def kernel(x, weight):
+        seen.add(x.data_ptr())
         return x @ weight.T
 
-    clock = Clock(2e-6, 8e-6)
+    seen, clock = set(), Clock(2e-6, 8e-6, num_copies=3)
     row = measure_one(linear_case(), kernel, CPU, clock).row(Ceilings(4e12, 1e12))
     assert clock.graphs == [True, False]
+    assert len(seen) >= 3  # arguments of their own, and copies of them for the check
     assert row == pytest.approx(
         {
             "op": "linear",

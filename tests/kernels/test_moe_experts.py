@@ -291,3 +291,28 @@ def test_planted_errors_are_found(kernels):
     for wrong in (one_percent_in_a_tile, unwritten_row, wrong_expert, swapped_weights):
         with pytest.raises(AssertionError, match="worst tile"):
             check(wrong, case)
+
+
+def shared_mlp(randn, hidden, width):
+    return randn(2 * width, hidden) / hidden**0.5, randn(hidden, width) / width**0.5
+
+
+def naive_mlp(x, gate_up, down):  # fp64
+    x, gate_up, down = (t.cpu().double() for t in (x, gate_up, down))
+    gate, up = (x @ gate_up.T).chunk(2, dim=1)
+    return (gate / (1 + torch.exp(-gate)) * up) @ down.T
+
+
+@pytest.mark.parametrize("shared_width", [12, 24, 36, 20])  # 20: not so many routed ones wide
+@pytest.mark.parametrize("num_tokens", [1, 3, 19])
+def test_shared_experts_add_to_the_sum(
+    moe_experts, dtype, randn, assert_near, num_tokens, shared_width
+):
+    case = make(randn, num_tokens, 6, 20, 12, 3)
+    shared = shared_mlp(randn, 20, shared_width)
+    exact = naive(*case) + naive_mlp(case[0], *shared)
+    assert_near(moe_experts(*case, 0, *shared), exact, factor=2.5)
+    x, gate_up, down, weights, ids = case
+    mine = moe_experts(x, gate_up[2:4], down[2:4], weights, ids, 2, *shared)  # of another rank's
+    kept = weights.where((ids >= 2) & (ids < 4), 0)
+    assert_near(mine, naive(x, gate_up, down, kept, ids) + naive_mlp(x, *shared), factor=2.5)

@@ -115,3 +115,35 @@ def test_uninitialised_memory_is_poisoned():
     for tensor in (torch.empty(3), torch.empty_like(x), x.new_empty(3)):
         assert tensor.isnan().all()
     assert torch.empty(2, dtype=torch.int64).min() > 1 << 60
+
+
+def test_a_fusion_runs_where_all_its_parts_are_kernels():
+    def chosen(kernels):
+        names = select(kernels, "cuda").implementations()
+        return names["norm_qkv_rope"], names["norm_router"]
+
+    everything = kernels_that_exist()
+    assert chosen(everything) == ("triton", "triton")
+    assert chosen("torch") == ("torch", "torch")
+    assert chosen(f"{everything},-router") == ("triton", "parts")
+    assert chosen(f"{everything},-rms_norm") == ("parts", "parts")
+    assert chosen(f"{everything},-norm_qkv_rope") == ("parts", "triton")
+    assert chosen("torch,norm_router=triton") == ("torch", "triton")
+    with pytest.raises(ValueError, match="linear has no implementation 'parts'"):
+        select("torch,linear=parts", "cuda")
+
+
+def test_the_parts_of_a_fusion_are_those_chosen(monkeypatch):
+    seen = []
+
+    def router(x, *rest):
+        seen.append(len(x))
+        return IMPLEMENTATIONS["router"]["torch"](x, *rest)
+
+    monkeypatch.setitem(IMPLEMENTATIONS["router"], "mine", router)
+    ops = select("torch,router=mine", "cpu")
+    x, norm, weight, bias = torch.randn(2, 8), torch.ones(8), torch.randn(4, 8), torch.zeros(4)
+    out = ops.norm_router(x, x, norm, 1e-5, weight, bias, 2, 1e-12)
+    assert seen == [2] and ops.implementations()["norm_router"] == "parts"
+    expected = select("torch", "cpu").norm_router(x, x, norm, 1e-5, weight, bias, 2, 1e-12)
+    assert all(map(torch.equal, out, expected))

@@ -104,14 +104,14 @@ def round_bias(router: Router) -> None:
 
 
 def add_bias_to_weights(router: Router) -> None:
-    right = router.ops.router
+    right = router.ops.norm_router
 
-    def wrong(x, weight, bias, top_k, norm_min):
-        _, ids = right(x, weight, bias, top_k, norm_min)
-        scores = ((x.float() @ weight.T).softmax(-1) + bias).gather(1, ids)
-        return (scores / scores.sum(-1, keepdim=True)).to(x.dtype), ids
+    def wrong(x, residual, norm, eps, weight, bias, top_k, norm_min):
+        y, total, _, ids = right(x, residual, norm, eps, weight, bias, top_k, norm_min)
+        scores = ((y.float() @ weight.T).softmax(-1) + bias).gather(1, ids)
+        return y, total, (scores / scores.sum(-1, keepdim=True)).to(x.dtype), ids
 
-    router.ops = replace(router.ops, router=wrong)
+    router.ops = replace(router.ops, norm_router=wrong)
 
 
 @pytest.mark.parametrize("fault", [drop_bias, round_bias, add_bias_to_weights])

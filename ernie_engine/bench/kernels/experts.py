@@ -7,10 +7,10 @@ import torch
 
 from ernie_engine.bench.floors import Work
 from ernie_engine.bench.kernels.case import KernelCase
-from ernie_engine.bench.kernels.checking import Tensors, near_each
+from ernie_engine.bench.kernels.checking import Tensors, near, near_each
 from ernie_engine.bench.kernels.shapes import RankShape
 
-NORM_MIN = 1e-12
+NORM_MIN, EPS = 1e-12, 1e-5
 NEAR_TIE = 4e-6  # p + bias near 24 is rounded to about 2e-6: two so near may change places
 
 
@@ -58,11 +58,35 @@ def _normalised(chosen: torch.Tensor, norm_min: float) -> torch.Tensor:
     return chosen / chosen.sum(dim=-1, keepdim=True).clamp(min=norm_min)
 
 
+def norm_router_cases(shape: RankShape, tokens: int, dtype: torch.dtype) -> Iterator[KernelCase]:
+    for router in router_cases(shape, tokens, dtype):
+
+        def make(device, router=router):
+            x, *rest = router.make(device)
+            residual, norm = torch.randn_like(x), 1 + torch.randn_like(x[:1]) / 8
+            return x, residual, norm[0] if tokens else norm, EPS, *rest
+
+        more = 3 * tokens * shape.hidden * dtype.itemsize
+        work = Work(router.work.num_bytes + more, router.work.flops)
+        yield KernelCase("norm_router", router.label, tokens, make, work, near_and_same_choices)
+
+
+def near_and_same_choices(
+    arguments: Sequence[Any], out: Tensors, wide: Callable[[], Tensors], twin: Tensors
+) -> str | None:
+    """The norm near fp64; the choice right for what came out of the norm."""
+    normed, total, weights, ids = out
+    if problem := near((), [normed, total], lambda: wide()[:2], twin[:2]):
+        return problem
+    return same_choices((normed, *arguments[4:]), [weights, ids], wide, twin)
+
+
 def moe_experts_cases(shape: RankShape, tokens: int, dtype: torch.dtype) -> Iterator[KernelCase]:
-    """Balanced routing: every token draws its experts at random."""
+    """Balanced routing: every token draws its experts at random; with the shared experts."""
     if not shape.num_experts:
         return
     local, width, hidden = shape.local_experts, shape.expert_width, shape.hidden
+    shared = shape.shared_width
 
     def make(device):
         x = torch.randn(tokens, hidden, dtype=dtype, device=device)
@@ -70,12 +94,16 @@ def moe_experts_cases(shape: RankShape, tokens: int, dtype: torch.dtype) -> Iter
         down = torch.randn(local, hidden, width, dtype=dtype, device=device) / width**0.5
         scores = torch.rand(tokens, shape.num_experts, device=device)
         weights, ids = scores.topk(shape.top_k)
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-        return x, gate_up, down, weights.to(dtype), ids
+        weights = (weights / weights.sum(dim=-1, keepdim=True)).to(dtype)
+        if not shared:
+            return x, gate_up, down, weights, ids
+        shared_gate_up = torch.randn(2 * shared, hidden, dtype=dtype, device=device) / hidden**0.5
+        shared_down = torch.randn(hidden, shared, dtype=dtype, device=device) / shared**0.5
+        return x, gate_up, down, weights, ids, 0, shared_gate_up, shared_down
 
     touched = local * (1 - (1 - shape.top_k / shape.num_experts) ** tokens)
-    moved = (touched * 3 * width * hidden + 2 * tokens * hidden) * dtype.itemsize
+    weights_read = 3 * hidden * (touched * width + shared)
+    moved = (weights_read + 2 * tokens * hidden) * dtype.itemsize
     pairs = tokens * shape.top_k * local / shape.num_experts
-    yield KernelCase(
-        "moe_experts", shape.name, tokens, make, Work(moved, 6 * pairs * width * hidden)
-    )
+    flops = 6 * hidden * (pairs * width + tokens * shared)
+    yield KernelCase("moe_experts", shape.name, tokens, make, Work(moved, flops))

@@ -105,5 +105,31 @@ def rope_and_cache_cases(shape: RankShape, tokens: int, dtype: torch.dtype) -> I
     yield KernelCase("rope_and_cache", shape.name, tokens, make, Work(moved, 0), written=(5, 6))
 
 
+def norm_qkv_rope_cases(shape: RankShape, tokens: int, dtype: torch.dtype) -> Iterator[KernelCase]:
+    kv_heads, dim, hidden, width = shape.kv_heads, shape.head_dim, shape.hidden, shape.qkv_width
+    num_blocks = -(-tokens // BLOCK_SIZE) + 1
+
+    def make(device):
+        x, residual = (_rows(tokens, hidden, dtype, device) for _ in range(2))
+        weight = _rows(width, hidden, dtype, device) / hidden**0.5
+        caches = torch.zeros(2, num_blocks, BLOCK_SIZE, kv_heads, dim, dtype=dtype, device=device)
+        slots = torch.randperm(num_blocks * BLOCK_SIZE, device=device)[:tokens]
+        positions = torch.randint(0, ROPE_LEN, (tokens,), device=device)
+        table = rope_table(ROPE_LEN, dim, 500000.0, device)
+        norm = _rows(1, hidden, dtype, device)[0]
+        return x, residual, norm, EPS, weight, table, positions, caches[0], caches[1], slots
+
+    numbers = width * hidden + tokens * (3 * hidden + width)
+    moved = numbers * dtype.itemsize + tokens * (dim * 4 + 16)
+    yield KernelCase(
+        "norm_qkv_rope",
+        shape.name,
+        tokens,
+        make,
+        Work(moved, 2 * tokens * hidden * width),
+        written=(7, 8),
+    )
+
+
 def _rows(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.randn(rows, width, dtype=dtype, device=device)

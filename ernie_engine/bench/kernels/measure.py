@@ -3,9 +3,9 @@
 Owns the order of these and the figures that come of them. How time is taken: timing.py.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ernie_engine.bench.floors import Ceilings
 from ernie_engine.bench.kernels.case import KernelCase
-from ernie_engine.bench.kernels.timing import Timer
+from ernie_engine.bench.kernels.timing import Timer, Work
 from ernie_engine.kernels.registry import IMPLEMENTATIONS
 
 Op = Callable[..., Any]
@@ -61,13 +61,27 @@ def measure_one(case: KernelCase, op: Op, device: torch.device, timer: Timer) ->
     problem = find_problem(case, op, twin, arguments)
     if problem is not None:
         return Measurement(case, problem=f"WRONG, not timed: {problem}")
-    seconds = timer(lambda: op(*arguments), graph=op is not twin)
-    return Measurement(case, seconds, timer(lambda: twin(*arguments), graph=False))
+    sets = [arguments, *more_arguments(case, device, timer, arguments)]
+    seconds = timer(pieces(op, sets), graph=op is not twin)
+    return Measurement(case, seconds, timer(pieces(twin, sets), graph=False))
 
 
-def make_arguments(case: KernelCase, device: torch.device) -> tuple[Any, ...]:
-    torch.manual_seed(SEED)
+def make_arguments(case: KernelCase, device: torch.device, copy: int = 0) -> tuple[Any, ...]:
+    torch.manual_seed(SEED + copy)
     return case.make(device)
+
+
+def more_arguments(
+    case: KernelCase, device: torch.device, timer: Timer, arguments: tuple[Any, ...]
+) -> list[tuple[Any, ...]]:
+    """Others like `arguments`, as many as the timer wants."""
+    num_bytes = sum(a.nbytes for a in arguments if isinstance(a, Tensor))
+    return [make_arguments(case, device, copy) for copy in range(1, timer.copies(num_bytes))]
+
+
+def pieces(op: Op, sets: Sequence[tuple[Any, ...]]) -> list[Work]:
+    """What a timer takes: the op with each set of arguments."""
+    return [partial(op, *arguments) for arguments in sets]
 
 
 def find_problem(case: KernelCase, op: Op, twin: Op, arguments: tuple[Any, ...]) -> str | None:

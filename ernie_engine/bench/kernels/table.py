@@ -6,11 +6,16 @@ import torch
 
 from ernie_engine.bench.kernels.attention import decode_attention_cases, prefill_attention_cases
 from ernie_engine.bench.kernels.case import KernelCase
-from ernie_engine.bench.kernels.experts import moe_experts_cases, router_cases
+from ernie_engine.bench.kernels.experts import (
+    moe_experts_cases,
+    norm_router_cases,
+    router_cases,
+)
 from ernie_engine.bench.kernels.layer import (
     add_rms_norm_cases,
     embedding_cases,
     linear_cases,
+    norm_qkv_rope_cases,
     rms_norm_cases,
     rope_and_cache_cases,
     swiglu_cases,
@@ -42,6 +47,8 @@ CASES: dict[str, Cases] = {
     "apply_penalties": apply_penalties_cases,
     "sample": sample_cases,
     "token_logprobs": token_logprobs_cases,
+    "norm_qkv_rope": norm_qkv_rope_cases,
+    "norm_router": norm_router_cases,
 }
 
 

@@ -13,7 +13,12 @@ import torch
 from triton.errors import TritonError
 
 from ernie_engine.bench.kernels.case import KernelCase
-from ernie_engine.bench.kernels.measure import make_arguments, make_check
+from ernie_engine.bench.kernels.measure import (
+    make_arguments,
+    make_check,
+    more_arguments,
+    pieces,
+)
 from ernie_engine.bench.kernels.timing import Timer
 from ernie_engine.kernels import (
     decode_attention,
@@ -21,6 +26,8 @@ from ernie_engine.kernels import (
     moe,
     moe_few,
     moe_grouped,
+    norm_qkv_rope,
+    norm_router,
     prefill_attention,
     rms_norm,
     rope,
@@ -29,6 +36,7 @@ from ernie_engine.kernels import (
     top_filter,
     vocab_head,
 )
+from ernie_engine.kernels.gemv import MOST_TOKENS
 from ernie_engine.kernels.launch import DEFAULT, architecture
 from ernie_engine.kernels.registry import IMPLEMENTATIONS
 
@@ -92,9 +100,45 @@ def _ungrouped(_: int) -> list[tuple[Table, Params]]:
     return [(moe.FEW, {"FEW": 1})]
 
 
+def _columns(case: KernelCase) -> int | None:
+    """Of a weight, for one token."""
+    return case.make(torch.device("meta"))[1].shape[1] if case.size == 1 else None
+
+
+def _hidden_size(case: KernelCase) -> int | None:
+    """For one token: what else a fusion's kernel may take it does one after the other."""
+    return case.make(torch.device("meta"))[0].shape[1] if case.size == 1 else None
+
+
+def _fusion(module: Any) -> list[Tunable]:
+    name, fused = module.__name__.rpartition(".")[2], [(module.FEW, {"FEW": 1})]
+    return [
+        Tunable(f"{name}.TABLE", module.TABLE, module.CANDIDATES, _hidden_size, lambda _: fused),
+        Tunable(f"{name}.FEW", module.FEW, module.FEW_CANDIDATES, _few(MOST_TOKENS)),
+    ]
+
+
 # op -> its tables, in the order of search: each finds the rows before it in use.
 TUNABLE = {
-    "linear": [Tunable("linear.TABLE", linear.TABLE, linear.CANDIDATES, _few(linear.MAX_TOKENS))],
+    "linear": [
+        Tunable(
+            "linear.ROWS_TABLE",
+            linear.ROWS_TABLE,
+            linear.ROWS_CANDIDATES,
+            _columns,
+            lambda _: [(linear.FEW, {"FEW": 1})],
+        ),
+        Tunable(
+            "linear.TABLE",
+            linear.TABLE,
+            linear.CANDIDATES,
+            _few(linear.MAX_TOKENS),
+            lambda _: [(linear.FEW, {"FEW": 0})],
+        ),
+        Tunable("linear.FEW", linear.FEW, linear.FEW_CANDIDATES, _few(MOST_TOKENS)),
+    ],
+    "norm_qkv_rope": _fusion(norm_qkv_rope),
+    "norm_router": _fusion(norm_router),
     "rms_norm": [Tunable("rms_norm.TABLE", rms_norm.TABLE, rms_norm.CANDIDATES)],
     "add_rms_norm": [Tunable("rms_norm.TABLE", rms_norm.TABLE, rms_norm.CANDIDATES)],
     "rope_and_cache": [Tunable("rope.TABLE", rope.TABLE, rope.CANDIDATES)],
@@ -114,10 +158,10 @@ TUNABLE = {
     "router": [Tunable("router.TABLE", router.TABLE, router.CANDIDATES)],
     "moe_experts": [
         *(
-            Tunable(f"moe_few.{name}", table, moe_few.CANDIDATES, _few(8), _ungrouped)
-            for name, table in (
-                ("GATE_UP_TABLE", moe_few.GATE_UP_TABLE),
-                ("DOWN_TABLE", moe_few.DOWN_TABLE),
+            Tunable(f"moe_few.{name}", table, candidates, _few(8), _ungrouped)
+            for name, table, candidates in (
+                ("GATE_UP_TABLE", moe_few.GATE_UP_TABLE, moe_few.GATE_UP_CANDIDATES),
+                ("DOWN_TABLE", moe_few.DOWN_TABLE, moe_few.DOWN_CANDIDATES),
             )
         ),
         *(
@@ -210,11 +254,12 @@ def _times(
     op, twin = (IMPLEMENTATIONS[case.op][name] for name in ("triton", "torch"))
     arguments = make_arguments(case, device)
     check, times = make_check(case, twin, arguments), []
+    sets = [arguments, *more_arguments(case, device, timer, arguments)]
     for params in tunable.candidates:
         with launched_with(tunable, bucket, params):
             problem = _problem(check, op)
             usable = problem is None
-            times.append(timer(lambda: op(*arguments), graph=True) if usable else float("inf"))
+            times.append(timer(pieces(op, sets), graph=True) if usable else float("inf"))
         if problem is not None:
             tell(f"{case.op} {case.label} {case.num_tokens}: {dict(params)} left out: {problem}")
     return times
