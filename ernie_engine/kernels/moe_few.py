@@ -20,7 +20,7 @@ from ernie_engine.kernels.launch import DEFAULT, pick
 # columns read at once; STAGES: loads in flight.
 GATE_UP_TABLE = {
     (DEFAULT, 8): {"BLOCK": 8, "BLOCK_K": 256, "STAGES": 3, "num_warps": 4},
-    ("sm_90", 8): {"BLOCK": 4, "BLOCK_K": 512, "STAGES": 3, "num_warps": 4},
+    ("sm_90", 8): {"BLOCK": 2, "BLOCK_K": 4096, "STAGES": 3, "num_warps": 8},
 }
 GATE_UP_CANDIDATES = [
     {"BLOCK": block, "BLOCK_K": k, "STAGES": stages, "num_warps": warps}
@@ -32,6 +32,8 @@ GATE_UP_CANDIDATES = [
 ]
 DOWN_TABLE = {
     (DEFAULT, 8): {"BLOCK": 2, "BLOCK_K": 256, "STAGES": 1, "num_warps": 4},
+    ("sm_90", 1): {"BLOCK": 1, "BLOCK_K": 512, "STAGES": 1, "num_warps": 4},
+    ("sm_90", 8): {"BLOCK": 4, "BLOCK_K": 128, "STAGES": 2, "num_warps": 2},
 }
 DOWN_CANDIDATES = [
     {"BLOCK": block, "BLOCK_K": k, "STAGES": stages, "num_warps": warps}

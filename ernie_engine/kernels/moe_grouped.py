@@ -25,7 +25,7 @@ from ernie_engine.kernels.launch import DEFAULT, pick
 from ernie_engine.kernels.moe_few import silu_product
 from ernie_engine.kernels.products import add_product, empty_sum, load_columns
 
-# By tokens, not measured yet. BLOCK_M: entries of a tile, of one size for both products.
+# By tokens. BLOCK_M: entries of a tile, of one size for both products.
 TILE_TABLE = {
     (DEFAULT, 64): {"BLOCK_M": 16},
     (DEFAULT, 256): {"BLOCK_M": 32},
@@ -39,16 +39,18 @@ TILE_TABLE = {
 GATE_UP_TABLE = {
     (DEFAULT, 32): {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
     (DEFAULT, 64): {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
-    ("sm_90", 32): {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
-    ("sm_90", 64): {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
+    ("sm_90", 16): {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
+    ("sm_90", 32): {"BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3},
+    ("sm_90", 64): {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 5},
     ("sm_90", 128): {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4},
 }
 DOWN_TABLE = {
     (DEFAULT, 32): {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
     (DEFAULT, 64): {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
-    ("sm_90", 32): {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
+    ("sm_90", 16): {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
+    ("sm_90", 32): {"BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 5},
     ("sm_90", 64): {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
-    ("sm_90", 128): {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4},
+    ("sm_90", 128): {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
 }
 TILE_CANDIDATES = [{"BLOCK_M": m} for m in (16, 32, 64, 128)]
 # For either product.

@@ -34,12 +34,20 @@ TABLE = {
     (DEFAULT, 1024): {"BLOCK_N": 16, "num_warps": 4},
     (DEFAULT, 4096): {"BLOCK_N": 8, "num_warps": 8},
     (DEFAULT, 8192): {"BLOCK_N": 4, "num_warps": 8},
+    ("sm_90", 1024): {"BLOCK_N": 4, "num_warps": 2},
+    ("sm_90", 2560): {"BLOCK_N": 4, "num_warps": 4},
+    ("sm_90", 8192): {"BLOCK_N": 2, "num_warps": 8},
 }
 CANDIDATES = [
     {"BLOCK_N": rows, "num_warps": warps} for rows in (2, 4, 8, 16) for warps in (2, 4, 8)
 ]
-# By tokens: 1 = the one launch. Not measured yet.
-FEW = {(DEFAULT, 4): {"FEW": 1}, (DEFAULT, 5): {"FEW": 0}}
+# By tokens: 1 = the one launch.
+FEW = {
+    (DEFAULT, 4): {"FEW": 1},
+    (DEFAULT, 5): {"FEW": 0},
+    ("sm_90", 2): {"FEW": 1},
+    ("sm_90", 8): {"FEW": 0},
+}
 FEW_CANDIDATES = [{"FEW": 1}, {"FEW": 0}]
 
 

@@ -34,10 +34,16 @@ from ernie_engine.kernels.tickets import is_last, tickets
 TABLE = {
     (DEFAULT, 4096): {"BLOCK_N": 1, "num_warps": 4},
     (DEFAULT, 8192): {"BLOCK_N": 1, "num_warps": 8},
+    ("sm_90", 8192): {"BLOCK_N": 1, "num_warps": 4},
 }
 CANDIDATES = [{"BLOCK_N": rows, "num_warps": warps} for rows in (1, 2, 4) for warps in (2, 4, 8)]
-# By tokens: 1 = the one launch. Not measured yet.
-FEW = {(DEFAULT, 4): {"FEW": 1}, (DEFAULT, 5): {"FEW": 0}}
+# By tokens: 1 = the one launch.
+FEW = {
+    (DEFAULT, 4): {"FEW": 1},
+    (DEFAULT, 5): {"FEW": 0},
+    ("sm_90", 4): {"FEW": 1},
+    ("sm_90", 8): {"FEW": 0},
+}
 FEW_CANDIDATES = [{"FEW": 1}, {"FEW": 0}]
 
 

@@ -38,9 +38,10 @@ from ernie_engine.kernels.products import empty_sum
 # By query tokens of the batch.
 TABLE = {
     (DEFAULT, 1 << 20): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-    # Not measured yet: the tiles that Triton's own example of flash attention favours.
-    ("sm_90", 256): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-    ("sm_90", 1 << 20): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 5},
+    ("sm_90", 64): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 5},
+    ("sm_90", 256): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 5},
+    ("sm_90", 1024): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 5},
+    ("sm_90", 1 << 20): {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 5},
 }
 CANDIDATES = [
     {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
@@ -53,14 +54,15 @@ CANDIDATES = [
 # Products of fp32 run without tensor cores: tiles of operands must fit into registers.
 TABLE_FP32 = {(DEFAULT, 1 << 20): {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}}
 
-# By programs before keys are split. Not measured yet.
+# By programs before keys are split.
 SPLIT_TABLE = {
     (DEFAULT, 16): {"SPLITS": 8},
     (DEFAULT, 64): {"SPLITS": 2},
     (DEFAULT, 65): {"SPLITS": 1},
-    ("sm_90", 16): {"SPLITS": 16},
-    ("sm_90", 64): {"SPLITS": 4},
-    ("sm_90", 65): {"SPLITS": 1},
+    ("sm_90", 8): {"SPLITS": 16},
+    ("sm_90", 88): {"SPLITS": 8},
+    ("sm_90", 344): {"SPLITS": 4},
+    ("sm_90", 345): {"SPLITS": 1},
 }
 SPLIT_CANDIDATES = [{"SPLITS": splits} for splits in (1, 2, 4, 8, 16, 32)]
 MIN_SPLIT_KEYS = 512

@@ -22,6 +22,8 @@ TABLE = {
     (DEFAULT, 1024): {"num_warps": 4},
     (DEFAULT, 4096): {"num_warps": 8},
     (DEFAULT, 16384): {"num_warps": 16},
+    ("sm_90", 1024): {"num_warps": 2},
+    ("sm_90", 8192): {"num_warps": 8},
 }
 CANDIDATES = [{"num_warps": warps} for warps in (1, 2, 4, 8, 16)]
 

@@ -25,6 +25,9 @@ TABLE = {
     (DEFAULT, 64): {"HEADS": 1, "num_warps": 1},
     (DEFAULT, 1024): {"HEADS": 4, "num_warps": 2},
     (DEFAULT, 16384): {"HEADS": 8, "num_warps": 4},
+    ("sm_90", 1): {"HEADS": 4, "num_warps": 4},
+    ("sm_90", 1024): {"HEADS": 4, "num_warps": 2},
+    ("sm_90", 16384): {"HEADS": 16, "num_warps": 2},
 }
 CANDIDATES = [
     {"HEADS": heads, "num_warps": warps} for heads in (1, 2, 4, 8, 16) for warps in (1, 2, 4)

@@ -19,6 +19,10 @@ from ernie_engine.kernels.launch import DEFAULT, pick
 TABLE = {
     (DEFAULT, 64): {"BLOCK": 512, "num_warps": 4},
     (DEFAULT, 16384): {"BLOCK": 2048, "num_warps": 8},
+    ("sm_90", 1): {"BLOCK": 256, "num_warps": 8},
+    ("sm_90", 64): {"BLOCK": 512, "num_warps": 4},
+    ("sm_90", 1024): {"BLOCK": 512, "num_warps": 2},
+    ("sm_90", 16384): {"BLOCK": 1024, "num_warps": 8},
 }
 CANDIDATES = [
     {"BLOCK": block, "num_warps": warps} for block in (256, 512, 1024, 2048) for warps in (2, 4, 8)

@@ -33,7 +33,10 @@ EDGES = 32
 _SLACK = tl.constexpr(1e-9)  # sums in fp64 in another order are off by far less
 
 # By the number of rows. WIDTH: candidates of every chunk that are held in registers.
-TABLE = {(DEFAULT, 256): {"WIDTH": 64, "num_warps": 16}}
+TABLE = {
+    (DEFAULT, 256): {"WIDTH": 64, "num_warps": 16},
+    ("sm_90", 256): {"WIDTH": 32, "num_warps": 8},
+}
 CANDIDATES = [
     {"WIDTH": width, "num_warps": warps} for width in (32, 64, 128) for warps in (4, 8, 16)
 ]

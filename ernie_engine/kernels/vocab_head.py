@@ -22,6 +22,11 @@ TABLE = {
     (DEFAULT, 32): {"ROWS": 32, "COLUMNS": 64, "K_BYTES": 256, "num_warps": 4, "num_stages": 4},
     (DEFAULT, 64): {"ROWS": 64, "COLUMNS": 64, "K_BYTES": 256, "num_warps": 4, "num_stages": 3},
     (DEFAULT, 256): {"ROWS": 128, "COLUMNS": 128, "K_BYTES": 128, "num_warps": 8, "num_stages": 4},
+    ("sm_90", 1): {"ROWS": 16, "COLUMNS": 64, "K_BYTES": 256, "num_warps": 4, "num_stages": 5},
+    ("sm_90", 16): {"ROWS": 16, "COLUMNS": 128, "K_BYTES": 256, "num_warps": 4, "num_stages": 3},
+    ("sm_90", 32): {"ROWS": 32, "COLUMNS": 128, "K_BYTES": 256, "num_warps": 4, "num_stages": 3},
+    ("sm_90", 64): {"ROWS": 64, "COLUMNS": 128, "K_BYTES": 256, "num_warps": 4, "num_stages": 4},
+    ("sm_90", 256): {"ROWS": 128, "COLUMNS": 256, "K_BYTES": 128, "num_warps": 8, "num_stages": 4},
 }
 CANDIDATES = [
     {
