@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ernie_engine.kernels.launch import DEFAULT, pick
+from ernie_engine.kernels.launch import DEFAULT, overlap, pick, wait_for_inputs
 from ernie_engine.kernels.paged_attention import (
     LOG2_E,
     STEP_ARGUMENTS,
@@ -126,12 +126,14 @@ def _split_kernel(
     QUERIES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One row, K/V head and range of keys -> values [SPLITS, T, Hq, D], lse [SPLITS, T, Hq].
 
     A context fills as many of the SPLITS ranges as have MIN_SPLIT_KEYS keys each; the program that
     finishes last puts them together. With one range that is all: straight to `out`.
     """
+    wait_for_inputs(PDL)
     split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first_token = tl.load(query_start + row)
     num_queries = tl.load(query_start + row + 1) - first_token
@@ -231,6 +233,7 @@ def decode_attention_triton(
         BLOCK_SIZE=block_size,
         QUERIES=max_query_len,
         **launch,
+        **overlap(q.device),
     )
     return out
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from functools import cache
 
 import torch
+import triton
+import triton.language as tl
 
 DEFAULT = "default"
 # (architecture such as "sm_90" or DEFAULT, largest size of the bucket) -> launch parameters.
@@ -37,3 +39,24 @@ def pick(table: Table, device: torch.device, size: int) -> Mapping[str, int]:
         buckets = sorted(bound for name, bound in table if name == arch)
     bound = next((b for b in buckets if size <= b), buckets[-1])
     return table[arch, bound]
+
+
+def overlap(device: torch.device) -> dict[str, bool]:
+    """Options of a kernel that begins with wait_for_inputs(PDL): its programs may be placed, and
+    do what needs no result of the launch before, while that one is still running (programmatic
+    dependent launch, from sm_90 on)."""
+    arch = architecture(device)
+    can = arch != DEFAULT and int(arch.removeprefix("sm_")) >= 90
+    return {"PDL": can, "launch_pdl": can}
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Everything that earlier launches wrote may be read from here on, and nothing before; nor may
+    anything be written before. Then the next launch may place its programs.
+
+    In this order, or the next launch could start before the last but one has ended.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()

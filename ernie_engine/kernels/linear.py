@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ernie_engine.kernels.gemv import MOST_TOKENS, dot_rows, load_rows, load_vector
-from ernie_engine.kernels.launch import DEFAULT, pick
+from ernie_engine.kernels.launch import DEFAULT, overlap, pick, wait_for_inputs
 from ernie_engine.kernels.products import add_product, empty_sum, load_columns
 
 # The most tokens that kernels take; above, cuBLAS is as fast as the card allows: at 64 / 256 tokens
@@ -90,8 +90,10 @@ def _linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """x [T, K], weight [N, K] -> parts [SPLITS, T, N]: products over a range of K each."""
+    wait_for_inputs(PDL)
     split = tl.program_id(2)
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     token = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -109,8 +111,9 @@ def _linear_kernel(
 
 
 @triton.jit(do_not_specialize=["size"])
-def _add_parts_kernel(parts, y, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def _add_parts_kernel(parts, y, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """parts [SPLITS, size] fp32 -> y [size], summed in order and rounded once."""
+    wait_for_inputs(PDL)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for split in tl.static_range(SPLITS):
@@ -128,10 +131,12 @@ def _rows_kernel(
     K: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """x [T, K], weight [N, K] -> y [T, N]: BLOCK_N rows of the weight times every token."""
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = load_rows(weight, row, N, K, WIDTH)
+    wait_for_inputs(PDL)
     for token in tl.range(0, num_tokens):
         value = dot_rows(rows, load_vector(x + token * K, K, WIDTH))
         tl.store(y + token * N + row, value.to(y.dtype.element_ty), mask=row < N)
@@ -152,6 +157,7 @@ def few_linear(x: Tensor, weight: Tensor) -> Tensor:
         K=inner,
         WIDTH=triton.next_power_of_2(inner),
         **launch,
+        **overlap(x.device),
     )
     return y
 
@@ -172,11 +178,14 @@ def small_linear(x: Tensor, weight: Tensor) -> Tensor:
         triton.cdiv(num_tokens, launch["BLOCK_M"]),
         splits,
     )
-    _linear_kernel[grid](x, weight, parts, num_tokens, N=num_rows, K=inner, SPLITS=splits, **launch)
+    overlapping = overlap(x.device)
+    _linear_kernel[grid](
+        *(x, weight, parts, num_tokens), N=num_rows, K=inner, SPLITS=splits, **launch, **overlapping
+    )
     if splits > 1:
         size, block = y.numel(), 256
         _add_parts_kernel[(triton.cdiv(size, block),)](
-            parts, y, size, SPLITS=splits, BLOCK=block, num_warps=2
+            parts, y, size, SPLITS=splits, BLOCK=block, num_warps=2, **overlapping
         )
     return y
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ernie_engine.kernels.launch import DEFAULT, pick
+from ernie_engine.kernels.launch import DEFAULT, overlap, pick, wait_for_inputs
 
 # By tokens. BLOCK: output rows of a program (of gate and of up each, in the first launch); BLOCK_K:
 # columns read at once; STAGES: loads in flight.
@@ -70,9 +70,11 @@ def _gate_up_kernel(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """x [T, H], gate_up [E, 2 I, H], shared [2 SHARED I, H] -> hidden [T, k + SHARED, I]: one
     choice of a token, or one of SHARED equal parts of the shared experts; BLOCK rows of it."""
+    wait_for_inputs(PDL)
     entry = tl.program_id(1)
     token, part = entry // (TOP_K + SHARED), entry % (TOP_K + SHARED)
     expert = tl.load(ids + token * TOP_K + part, mask=part < TOP_K, other=first_expert)
@@ -117,9 +119,11 @@ def _down_kernel(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """hidden [T, k + SHARED, I], down [E, H, I], shared [H, SHARED I], weights, ids [T, k] -> out
     [T, H]: BLOCK of a row. All choices at once, so that their weights come together."""
+    wait_for_inputs(PDL)
     token = tl.program_id(1)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     read = tl.minimum(row, H - 1)[None, :]
@@ -173,7 +177,10 @@ def moe_experts_few(
     hidden, out = x.new_empty(num_tokens, top_k + num_shared, width), torch.empty_like(x)
     launch = pick(GATE_UP_TABLE, x.device, num_tokens)
     grid = triton.cdiv(width, launch["BLOCK"]), num_tokens * (top_k + num_shared)
-    _gate_up_kernel[grid](x, gate_up, shared_gate_up, ids, hidden, first_expert, **shape, **launch)
+    overlapping = overlap(x.device)
+    _gate_up_kernel[grid](
+        *(x, gate_up, shared_gate_up, ids, hidden, first_expert), **shape, **launch, **overlapping
+    )
     table = DOWN_TABLE_FP32 if x.dtype == torch.float32 else DOWN_TABLE
     launch = pick(table, x.device, num_tokens)
     grid = triton.cdiv(hidden_size, launch["BLOCK"]), num_tokens
@@ -183,5 +190,6 @@ def moe_experts_few(
         PARTS=parts,
         **shape,
         **launch,
+        **overlapping,
     )
     return out

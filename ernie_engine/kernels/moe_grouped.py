@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ernie_engine.kernels.launch import DEFAULT, pick
+from ernie_engine.kernels.launch import DEFAULT, overlap, pick, wait_for_inputs
 from ernie_engine.kernels.moe_few import silu_product
 from ernie_engine.kernels.products import add_product, empty_sum, load_columns
 
@@ -118,8 +118,10 @@ def _count_kernel(
     EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROUND: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """ids [T k] -> counts [blocks, EXPERTS]: of BLOCK entries each."""
+    wait_for_inputs(PDL)
     block = tl.program_id(0)
     found = _count(ids, block * BLOCK, num_entries, first_expert, EXPERTS, BLOCK, ROUND)
     tl.store(counts + block * EXPERTS + tl.arange(0, EXPERTS), found)
@@ -142,6 +144,7 @@ def _place_kernel(
     ROUND: tl.constexpr,
     COUNTED: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The first programs put BLOCK entries each into their places, the others an expert's tiles.
 
@@ -150,6 +153,7 @@ def _place_kernel(
     experts share one, each has at least as many as it needs and at most one more, and nobody has
     to know the others'.
     """
+    wait_for_inputs(PDL)
     block, experts = tl.program_id(0), tl.arange(0, EXPERTS)
     total = tl.zeros([EXPERTS], tl.int32)
     earlier = tl.zeros([EXPERTS], tl.int32)
@@ -200,10 +204,11 @@ def sort_by_expert(ids: Tensor, num_experts: int, first_expert: int, block_m: in
     bounds = torch.empty(3, num_tiles, dtype=torch.int32, device=device)
     launch, experts = pick(SORT_TABLE, device, num_entries), triton.next_power_of_2(num_experts)
     num_blocks = triton.cdiv(num_entries, launch["BLOCK"])
+    overlapping = overlap(device)
     counts = torch.empty(num_blocks, experts, dtype=torch.int32, device=device)
     if num_blocks > 1:
         _count_kernel[(num_blocks,)](
-            ids, counts, num_entries, first_expert, EXPERTS=experts, **launch
+            *(ids, counts, num_entries, first_expert), EXPERTS=experts, **launch, **overlapping
         )
     _place_kernel[(num_blocks + num_experts,)](
         *(ids, counts, order, bounds, num_entries, num_blocks, num_tiles, first_expert),
@@ -213,6 +218,7 @@ def sort_by_expert(ids: Tensor, num_experts: int, first_expert: int, block_m: in
         COUNTED=num_blocks > 1,
         AT_ONCE=32,
         **launch,
+        **overlapping,
     )
     return Tiles(order, bounds)
 
@@ -231,8 +237,10 @@ def _gate_up_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """x [T, H], gate_up [E, 2 I, H] -> hidden [T k, I] in sorted order: a tile, BLOCK_N rows."""
+    wait_for_inputs(PDL)
     tile = tl.program_id(1)
     first, last = tl.load(bounds + num_tiles + tile), tl.load(bounds + 2 * num_tiles + tile)
     if first >= last:
@@ -271,8 +279,10 @@ def _down_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """hidden [T k, I] sorted, down [E, H, I], weights [T k] -> products [T k, H], not sorted."""
+    wait_for_inputs(PDL)
     tile = tl.program_id(1)
     first, last = tl.load(bounds + num_tiles + tile), tl.load(bounds + 2 * num_tiles + tile)
     if first >= last:
@@ -307,8 +317,10 @@ def _sum_kernel(
     TOP_K: tl.constexpr,
     H: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """products [T k, H], ids [T, k], shared [T, H] -> out [T, H]: fp32 sums in the order of ids."""
+    wait_for_inputs(PDL)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -362,16 +374,21 @@ def _compute(
     tiles = sort_by_expert(ids, num_experts, first_expert, block_m)
     num_tiles = tiles.bounds.shape[1]
     shape = {"H": hidden_size, "I": width, "BLOCK_M": block_m}
+    overlapping = overlap(x.device)
 
     hidden = x.new_empty(ids.numel(), width)
     launch = pick(TABLE_FP32 if wide else GATE_UP_TABLE, x.device, block_m)
     grid = triton.cdiv(width, launch["BLOCK_N"]), num_tiles
-    _gate_up_kernel[grid](x, gate_up, *tiles, hidden, num_tiles, TOP_K=top_k, **shape, **launch)
+    _gate_up_kernel[grid](
+        *(x, gate_up, *tiles, hidden, num_tiles), TOP_K=top_k, **shape, **launch, **overlapping
+    )
 
     products = x.new_empty(ids.numel(), hidden_size)
     launch = pick(TABLE_FP32 if wide else DOWN_TABLE, x.device, block_m)
     grid = triton.cdiv(hidden_size, launch["BLOCK_N"]), num_tiles
-    _down_kernel[grid](hidden, down, weights, *tiles, products, num_tiles, **shape, **launch)
+    _down_kernel[grid](
+        *(hidden, down, weights, *tiles, products, num_tiles), **shape, **launch, **overlapping
+    )
 
     block = min(SUM_BLOCK, triton.next_power_of_2(hidden_size))
     _sum_kernel[num_tokens, triton.cdiv(hidden_size, block)](
@@ -381,4 +398,5 @@ def _compute(
         TOP_K=top_k,
         H=hidden_size,
         BLOCK=block,
+        **overlapping,
     )

@@ -26,7 +26,7 @@ from ernie_engine.kernels.gemv import (
     load_vector,
     normed_vector,
 )
-from ernie_engine.kernels.launch import DEFAULT, pick
+from ernie_engine.kernels.launch import DEFAULT, overlap, pick, wait_for_inputs
 from ernie_engine.kernels.parts import TORCH, TRITON, Parts
 
 # By hidden size. BLOCK_N: rows of a program, a divisor of the head's size.
@@ -73,12 +73,14 @@ def _norm_qkv_rope_kernel(
     K: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     first = tl.program_id(0) * BLOCK_N
     rows = load_rows(weight, first + tl.arange(0, BLOCK_N), (HEADS + 2 * KV_HEADS) * DIM, K, WIDTH)
     norm_weight = load_vector(norm, K, WIDTH)
     head, dim = first // DIM, first % DIM
     pair = dim // 2 + tl.arange(0, BLOCK_N // 2)
+    wait_for_inputs(PDL)
     for token in tl.range(0, num_tokens):
         at = token * K
         y = normed_vector(
@@ -142,6 +144,7 @@ def norm_qkv_rope_few(
         K=hidden,
         WIDTH=triton.next_power_of_2(hidden),
         **launch,
+        **overlap(x.device),
     )
     return q, total
 

@@ -25,7 +25,7 @@ from ernie_engine.kernels.gemv import (
     load_vector,
     normed_vector,
 )
-from ernie_engine.kernels.launch import DEFAULT, pick
+from ernie_engine.kernels.launch import DEFAULT, overlap, pick, wait_for_inputs
 from ernie_engine.kernels.parts import TORCH, TRITON, Parts
 from ernie_engine.kernels.router import CHOICE_ROWS, choose
 from ernie_engine.kernels.tickets import is_last, tickets
@@ -72,12 +72,14 @@ def _norm_router_kernel(
     EXPERTS: tl.constexpr,
     CHOICES: tl.constexpr,
     ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     first = tl.program_id(0) * BLOCK_N
     expert = first + tl.arange(0, BLOCK_N)
     rows = load_rows(weight, expert, NUM_EXPERTS, K, WIDTH)
     norm_weight = load_vector(norm, K, WIDTH)
     k = tl.arange(0, WIDTH)[None, :]
+    wait_for_inputs(PDL)
     for token in tl.range(0, num_tokens):
         at = token * K
         y = normed_vector(
@@ -148,6 +150,7 @@ def norm_router_few(
         CHOICES=triton.next_power_of_2(top_k),
         ROWS=CHOICE_ROWS,
         **launch,
+        **overlap(x.device),
     )
     return normed, total, weights, ids
 

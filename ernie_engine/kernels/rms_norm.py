@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ernie_engine.kernels.launch import DEFAULT, pick
+from ernie_engine.kernels.launch import DEFAULT, overlap, pick, wait_for_inputs
 
 # By hidden size: a program holds a whole row.
 TABLE = {
@@ -38,7 +38,8 @@ def _normed(x, weight, hidden, eps):
 
 
 @triton.jit
-def _rms_norm_kernel(x, weight, y, x_stride, hidden, eps, BLOCK: tl.constexpr):
+def _rms_norm_kernel(x, weight, y, x_stride, hidden, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    wait_for_inputs(PDL)
     row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = columns < hidden
     values = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
@@ -48,8 +49,19 @@ def _rms_norm_kernel(x, weight, y, x_stride, hidden, eps, BLOCK: tl.constexpr):
 
 @triton.jit
 def _add_rms_norm_kernel(
-    x, residual, weight, y, total, x_stride, residual_stride, hidden, eps, BLOCK: tl.constexpr
+    x,
+    residual,
+    weight,
+    y,
+    total,
+    x_stride,
+    residual_stride,
+    hidden,
+    eps,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_inputs(PDL)
     row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = columns < hidden
     added = tl.load(x + row * x_stride + columns, mask=inside, other=0.0)
@@ -67,7 +79,9 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     assert x.stride(1) == 1 and weight.is_contiguous() and x.dtype == weight.dtype
     y = torch.empty(rows, hidden, dtype=x.dtype, device=x.device)
     block, options = triton.next_power_of_2(hidden), pick(TABLE, x.device, hidden)
-    _rms_norm_kernel[(rows,)](x, weight, y, x.stride(0), hidden, eps, BLOCK=block, **options)
+    _rms_norm_kernel[(rows,)](
+        *(x, weight, y, x.stride(0), hidden, eps), BLOCK=block, **options, **overlap(x.device)
+    )
     return y
 
 
@@ -82,7 +96,10 @@ def add_rms_norm_triton(
     block, options = triton.next_power_of_2(hidden), pick(TABLE, x.device, hidden)
     strides = x.stride(0), residual.stride(0)
     _add_rms_norm_kernel[(rows,)](
-        x, residual, weight, y, total, *strides, hidden, eps, BLOCK=block, **options
+        *(x, residual, weight, y, total, *strides, hidden, eps),
+        BLOCK=block,
+        **options,
+        **overlap(x.device),
     )
     return y, total
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ernie_engine.kernels.launch import DEFAULT, pick
+from ernie_engine.kernels.launch import DEFAULT, overlap, pick, wait_for_inputs
 
 # By the number of tokens; HEADS of q, or of k and v, to a program.
 TABLE = {
@@ -77,8 +77,10 @@ def _rope_and_cache_kernel(
     num_kv_heads,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """A program has some heads of q, or some of k and v, of one token."""
+    wait_for_inputs(PDL)
     token, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     dims, half = tl.arange(0, DIM)[None, :], tl.arange(0, DIM // 2)
     angles = table + tl.load(positions + token) * DIM + half
@@ -124,6 +126,7 @@ def rope_and_cache_triton(
         DIM=dim,
         enable_fp_fusion=False,
         **options,
+        **overlap(q.device),
     )
     return out
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from ernie_engine.kernels.launch import DEFAULT, pick
+from ernie_engine.kernels.launch import DEFAULT, overlap, pick, wait_for_inputs
 from ernie_engine.kernels.ordering import FIRST_KEY, order_keys
 from ernie_engine.kernels.products import add_exact_product, empty_sum
 
@@ -65,8 +65,10 @@ def _logits_kernel(
     EXPERTS: tl.constexpr,
     INNER: tl.constexpr,
     IN_PARTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """logits [T, E] = x @ weight.T in fp32: a program owns a tile."""
+    wait_for_inputs(PDL)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     experts = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)[:, None]
     total = empty_sum(EXPERTS, ROWS, x.dtype.element_ty)
@@ -142,7 +144,9 @@ def _choose_kernel(
     EXPERTS: tl.constexpr,
     CHOICES: tl.constexpr,
     ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_inputs(PDL)
     choose(
         logits,
         bias,
@@ -174,6 +178,7 @@ def router_triton(
         *(x, weight, logits, x.stride(0), num_tokens, num_experts, hidden),
         IN_PARTS=x.dtype == torch.bfloat16 and not knobs.runtime.interpret,  # wrong in bf16
         **options,
+        **overlap(device),
     )
     weights = torch.empty(num_tokens, top_k, dtype=x.dtype, device=device)
     ids = torch.empty(num_tokens, top_k, dtype=torch.int64, device=device)
@@ -184,6 +189,7 @@ def router_triton(
         CHOICES=triton.next_power_of_2(top_k),
         ROWS=CHOICE_ROWS,
         num_warps=1,
+        **overlap(device),
         enable_fp_fusion=False,  # p + bias is rounded as the twin rounds it
     )
     return weights, ids

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ernie_engine.kernels.launch import DEFAULT, pick
+from ernie_engine.kernels.launch import DEFAULT, overlap, pick, wait_for_inputs
 
 # By the number of tokens: few tokens want many small programs.
 TABLE = {
@@ -30,7 +30,8 @@ CANDIDATES = [
 
 
 @triton.jit
-def _swiglu_kernel(gate_up, y, stride, width, BLOCK: tl.constexpr):
+def _swiglu_kernel(gate_up, y, stride, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
@@ -49,7 +50,7 @@ def swiglu_triton(gate_up: Tensor) -> Tensor:
     y = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     options = pick(TABLE, gate_up.device, rows)
     grid = rows, triton.cdiv(width, options["BLOCK"])
-    _swiglu_kernel[grid](gate_up, y, gate_up.stride(0), width, **options)
+    _swiglu_kernel[grid](gate_up, y, gate_up.stride(0), width, **options, **overlap(gate_up.device))
     return y
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ernie_engine.kernels.launch import DEFAULT, pick
+from ernie_engine.kernels.launch import DEFAULT, overlap, pick, wait_for_inputs
 from ernie_engine.kernels.products import add_product, empty_sum
 
 # By the number of rows. K_BYTES: of a tile along the inner dimension, so that fp32 fits too.
@@ -58,9 +58,11 @@ def _vocab_head_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
-    EVEN: tl.constexpr,  # hidden is a multiple of INNER
+    EVEN: tl.constexpr,  # hidden is a multiple of INNER,
+    PDL: tl.constexpr,
 ):
     """A program owns a tile of logits. Programs side by side in memory share the weight's rows."""
+    wait_for_inputs(PDL)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tokens = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     row_in, token_in = rows[:, None] < num_rows, tokens[:, None] < vocab_size
@@ -93,6 +95,7 @@ def vocab_head_triton(x: Tensor, weight: Tensor) -> Tensor:
         INNER=inner,
         EVEN=hidden % inner == 0,
         **options,
+        **overlap(x.device),
     )
     return logits
 

@@ -1,10 +1,16 @@
 """Fusions against the composition of twins: one launch, and what runs for more tokens."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from ernie_engine.kernels import norm_qkv_rope, norm_router, tickets
+from ernie_engine.kernels import norm_qkv_rope as qkv_module
+from ernie_engine.kernels import norm_router as router_module
+from ernie_engine.kernels import tickets
 from ernie_engine.kernels.gemv import MOST_TOKENS
+from ernie_engine.kernels.norm_qkv_rope import composed as composed_qkv
+from ernie_engine.kernels.parts import TORCH
 from ernie_engine.kernels.rope import rope_table
 from tests.kernels.tile_check import assert_as_near_as_twin, half_and_single, where_kernels_run
 
@@ -35,7 +41,7 @@ def run_qkv(function, case, dtype=None):
 
 
 def check_qkv(function, case):
-    twin = norm_qkv_rope.norm_qkv_rope_torch
+    twin = qkv_module.norm_qkv_rope_torch
     dtype = case[0].dtype
     ours, theirs, exact = (
         run_qkv(f, case, d) for f, d in ((function, dtype), (twin, dtype), (twin, torch.float64))
@@ -49,18 +55,18 @@ def check_qkv(function, case):
 @pytest.mark.parametrize(("num_tokens", "hidden"), SIZES)
 def test_norm_qkv_rope(dtype, num_tokens, hidden, heads):
     case = make_qkv(num_tokens, hidden, *heads, dtype)
-    check_qkv(norm_qkv_rope.norm_qkv_rope_triton, case)
+    check_qkv(qkv_module.norm_qkv_rope_triton, case)
     if num_tokens <= MOST_TOKENS:
-        check_qkv(norm_qkv_rope.norm_qkv_rope_few, case)
+        check_qkv(qkv_module.norm_qkv_rope_few, case)
         case[1] = None  # the first layer: x is the stream itself
-        check_qkv(norm_qkv_rope.norm_qkv_rope_few, case)
+        check_qkv(qkv_module.norm_qkv_rope_few, case)
 
 
 def test_norm_qkv_rope_leaves_other_slots_alone():
     case = make_qkv(3, 64, 2, 1, 64, torch.float32)
     for cache in case[7:9]:
         cache.fill_(7.0)
-    norm_qkv_rope.norm_qkv_rope_few(*case)
+    qkv_module.norm_qkv_rope_few(*case)
     for cache in case[7:9]:
         rows = cache.flatten(0, 1)
         rows[case[9]] = 7.0
@@ -69,7 +75,7 @@ def test_norm_qkv_rope_leaves_other_slots_alone():
 
 def planted_qkv(fault):
     def wrong(*args):
-        q, total = norm_qkv_rope.norm_qkv_rope_few(*args)
+        q, total = qkv_module.norm_qkv_rope_few(*args)
         fault(q, total, args[7].flatten(0, 1), args[9])
         return q, total
 
@@ -87,9 +93,31 @@ def planted_qkv(fault):
 )
 def test_planted_errors_of_qkv_are_found(fault):
     case = make_qkv(3, 64, 2, 1, 64, torch.float16)
-    check_qkv(norm_qkv_rope.norm_qkv_rope_few, case)
+    check_qkv(qkv_module.norm_qkv_rope_few, case)
     with pytest.raises(AssertionError):
         check_qkv(planted_qkv(fault), case)
+
+
+def test_every_implementation_of_qkv(norm_qkv_rope, device, dtype, assert_near):
+    case = make_qkv(3, 72, 3, 1, 16, dtype)
+    case = [a.to(device) if torch.is_tensor(a) else a for a in case]
+    ours = run_qkv(norm_qkv_rope, case, dtype)
+    exact = run_qkv(partial(composed_qkv, TORCH), case, torch.float64)
+    for out, reference in zip(ours, exact, strict=True):
+        # roundings one after the other; a small number comes of a sum of larger ones
+        assert_near(out.flatten(1), reference.flatten(1).cpu(), factor=3)
+
+
+def test_every_implementation_of_the_router(norm_router, device, dtype, assert_near):
+    case = make_router(3, 72, 16, 4, dtype)
+    case = [a.to(device) if torch.is_tensor(a) else a for a in case]
+    y, total, weights, ids = norm_router(*case)
+    exact, exact_total = TORCH.norm(*(t.double() for t in case[:3]), EPS)
+    assert_near(y, exact.cpu(), factor=3)
+    assert_near(total, exact_total.cpu())
+    expected = TORCH.router(y, *case[4:])
+    assert torch.equal(ids, expected[1])
+    assert_near(weights, expected[0].double().cpu())
 
 
 def make_router(num_tokens, hidden, num_experts, top_k, dtype):
@@ -102,7 +130,7 @@ def make_router(num_tokens, hidden, num_experts, top_k, dtype):
 
 
 def check_router(function, case):
-    twin, (x, residual, norm, eps, *rest) = norm_router.norm_router_torch, case
+    twin, (x, residual, norm, eps, *rest) = router_module.norm_router_torch, case
     y, total, weights, ids = function(*case)
     like, like_total, *_ = twin(*case)
     wide = (None if t is None else t.double() for t in (x, residual, norm))
@@ -110,7 +138,7 @@ def check_router(function, case):
     assert_as_near_as_twin(y, like, exact)
     assert_as_near_as_twin(total, like_total, exact_total)
     # The choice is for what came out of the norm, whose last bit may differ.
-    by_twin = norm_router.TORCH.router(y, *rest)
+    by_twin = TORCH.router(y, *rest)
     assert torch.equal(ids, by_twin[1])
     unit = max(torch.finfo(weights.dtype).eps, 1e-5)
     torch.testing.assert_close(weights, by_twin[0], rtol=unit, atol=0)
@@ -121,16 +149,16 @@ def check_router(function, case):
 @pytest.mark.parametrize(("num_tokens", "hidden"), SIZES)
 def test_norm_router(dtype, num_tokens, hidden, num_experts, top_k):
     case = make_router(num_tokens, hidden, num_experts, top_k, dtype)
-    check_router(norm_router.norm_router_triton, case)
+    check_router(router_module.norm_router_triton, case)
     if num_tokens <= MOST_TOKENS:
-        check_router(norm_router.norm_router_few, case)
+        check_router(router_module.norm_router_few, case)
         case[1] = None
-        check_router(norm_router.norm_router_few, case)
+        check_router(router_module.norm_router_few, case)
 
 
 def test_a_wrong_expert_is_found():
     def wrong(*args):
-        y, total, weights, ids = norm_router.norm_router_few(*args)
+        y, total, weights, ids = router_module.norm_router_few(*args)
         return y, total, weights, ids.roll(1, 0)
 
     with pytest.raises(AssertionError):
@@ -138,6 +166,6 @@ def test_a_wrong_expert_is_found():
 
 
 def test_tickets_are_back_at_zero():
-    check_router(norm_router.norm_router_few, make_router(5, 64, 16, 2, torch.float16))
-    device = norm_router.norm_router_few(*make_router(1, 64, 16, 2, torch.float16))[0].device
+    check_router(router_module.norm_router_few, make_router(5, 64, 16, 2, torch.float16))
+    device = router_module.norm_router_few(*make_router(1, 64, 16, 2, torch.float16))[0].device
     assert not tickets.tickets("norm_router", device).any()
