@@ -17,6 +17,7 @@ from ernie_engine.engine.assembler import ChoiceAssembler
 from ernie_engine.engine.core import EngineCore, make_intake
 from ernie_engine.engine.intake import Intake, Job, Message, Prompt
 from ernie_engine.engine.loop import EngineDeadError, EngineLoop
+from ernie_engine.engine.phases import Phases
 from ernie_engine.engine.request import Piece, RequestOutput, SamplingParams, TokenOutput
 from ernie_engine.engine.worker import describe_rank, serve_rank
 from ernie_engine.engine_config import EngineConfig
@@ -113,6 +114,11 @@ class Engine:
         harm."""
         if self._opened is not None:
             self._core.close()
+
+    @property
+    def phases(self) -> Phases:
+        """What the loop is doing, for a watcher."""
+        return self._core.phases
 
     @property
     def _intake(self) -> Intake:
