@@ -155,8 +155,9 @@ class Engine:
                 if piece.finish_reason is not None:
                     num_open[index] -= 1
                     bar.update(num_open[index] == 0)
-                elapsed = bar.format_dict["elapsed"]
-                bar.set_postfix_str(f"{num_tokens / max(elapsed, 1e-9):.0f} tokens/s", False)
+                if use_tqdm:  # this thread's Python competes with the loop's
+                    elapsed = bar.format_dict["elapsed"]
+                    bar.set_postfix_str(f"{num_tokens / max(elapsed, 1e-9):.0f} tokens/s", False)
         return [job.output for job in jobs]
 
 
