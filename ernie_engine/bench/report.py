@@ -54,16 +54,14 @@ def trace_lines(trace: Mapping[str, Any]) -> str:
         f"host {trace['host_us']:,.0f} us, waiting {trace['waited_us']:,.0f} us",
         f"  phases, us: {phases}",
     ]
-    return "\n".join(lines + _gpu_lines(trace["gpu"]))
+    gpu = [f"  {trace['note']}"] if trace["gpu"] is None else _gpu_lines(trace["gpu"])
+    return "\n".join(lines + gpu)
 
 
-def _gpu_lines(gpu: Mapping[str, Any] | None) -> list[str]:
-    if gpu is None:
-        return ["  no GPU: the trace has the host's phases only"]
-    busy = "-" if gpu["busy_share"] is None else f"{gpu['busy_share']:.1%}"
+def _gpu_lines(gpu: Mapping[str, Any]) -> list[str]:
     idle = gpu["idle_us"] or dict.fromkeys(("median", "max"))
     lines = [
-        f"  GPU busy {busy}, idle between steps {_number(idle['median'])} us "
+        f"  GPU busy {gpu['busy_share']:.1%}, idle between steps {_number(idle['median'])} us "
         f"(most {_number(idle['max'])}); {gpu['launches']:g} launches and {gpu['copies']:g} copies "
         f"a step, {gpu['kernels']:g} kernels"
     ]

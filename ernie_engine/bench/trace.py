@@ -21,6 +21,8 @@ PHASE, STEP = "phase", "step"
 CALLS = ("cuda_runtime", "cuda_driver")
 COPIES = ("gpu_memcpy", "gpu_memset")
 DEVICE = ("kernel", *COPIES)
+NO_GPU = "no GPU: the trace has the host's phases only"
+NO_KERNELS = "the profiler saw no kernel of these steps"
 NUM_TOP = 10
 
 
@@ -62,7 +64,7 @@ def summarize(events: Sequence[Event], has_gpu: bool) -> dict[str, Any]:
 
     phases_us: each phase as it lasted. waited_us: in calls that wait for the GPU, in any phase.
     host_us: the critical path, all phases without that and without `wait`, unless a call in there
-    says how much of it was waiting. gpu: see _gpu_figures().
+    says how much of it was waiting. gpu: see _gpu_figures(); None, and `note` says why, without.
     """
     steps = _of(events, STEP)
     starts = [e["ts"] for e in steps]
@@ -75,7 +77,11 @@ def summarize(events: Sequence[Event], has_gpu: bool) -> dict[str, Any]:
             "waited_us": median(_total(step) for step in waits),
             "phases_us": {n: median(_total(_named(s, n)) for s in phases) for n in PHASES},
         }
-    return figures | {"gpu": _gpu_figures(events, starts) if has_gpu and steps else None}
+    if not has_gpu:
+        return figures | {"gpu": None, "note": NO_GPU}
+    if not _of(events, "kernel"):
+        return figures | {"gpu": None, "note": NO_KERNELS}
+    return figures | {"gpu": _gpu_figures(events, starts)}
 
 
 def _host_us(phases: Sequence[Event], waits: Sequence[Event]) -> float:
@@ -98,7 +104,7 @@ def _waiting_calls(events: Iterable[Event]) -> list[Event]:
 def _gpu_figures(events: Sequence[Event], starts: Sequence[float]) -> dict[str, Any]:
     """busy_share: kernels running, of the time from the first to the end of the last. idle_us:
     from the last kernel of a step to the first of the next; None for one step. launches, copies:
-    calls of the host, medians; a graph of kernels is one. top_kernels: by time."""
+    calls of the host, medians; a graph of kernels is one launch. top_kernels: by time."""
     launched_at = _call_times(events)
     kernels, copies = (
         _by_step(starts, _of(events, *categories), lambda e: launched_at[_correlation(e)])
@@ -127,13 +133,13 @@ def _num_calls(launched: Iterable[Event]) -> int:
     return len({_correlation(e) for e in launched})
 
 
-def _busy_share(kernels: Sequence[Event]) -> float | None:
+def _busy_share(kernels: Sequence[Event]) -> float:
     """Kernels that overlap count once."""
     busy, until = 0.0, float("-inf")
     for kernel in sorted(kernels, key=lambda e: e["ts"]):
         busy += max(0.0, _end(kernel) - max(until, kernel["ts"]))
         until = max(until, _end(kernel))
-    return busy / (until - min(e["ts"] for e in kernels)) if kernels else None
+    return busy / (until - min(e["ts"] for e in kernels))
 
 
 def _idle_us(steps: Sequence[Sequence[Event]]) -> dict[str, float] | None:

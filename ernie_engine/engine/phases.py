@@ -8,8 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 from ernie_engine.engine.plan import StepPlan
 
-# In the order of a turn; launch comes with its plan. What lies between them is a few lines.
-PHASES = ("schedule", "encode", "decode", "launch", "sample", "wait", "commit", "deliver")
+# In the order of a turn; launch comes with its plan. A plan is encoded to bytes and read again;
+# what is waited for, committed and delivered is the oldest step's result.
+PHASES = ("schedule", "encode", "read", "launch", "sample", "wait", "commit", "deliver")
 
 Watcher = Callable[[str, StepPlan | None], AbstractContextManager[None]]
 _UNWATCHED = nullcontext()

@@ -159,8 +159,10 @@ def decode_plan(data: bytes) -> StepPlan:
 
 
 def write_logprobs(out: ColumnWriter, rows: Sequence[Sequence[TokenLogprobs]]) -> None:
-    tokens = [token for row in rows for token in row]
     out.int_list([len(row) for row in rows])
+    tokens = [token for row in rows for token in row]
+    if not tokens:  # as in most steps; nothing follows
+        return
     out.int_list([token.rank for token in tokens])
     out.int_list([len(token.top_ids) for token in tokens])
     out.int_list([i for token in tokens for i in token.top_ids])
@@ -169,7 +171,10 @@ def write_logprobs(out: ColumnWriter, rows: Sequence[Sequence[TokenLogprobs]]) -
 
 
 def read_logprobs(data: ColumnReader) -> list[list[TokenLogprobs]]:
-    counts, ranks, widths, ids = (data.int_list() for _ in range(4))
+    counts = data.int_list()
+    if not any(counts):
+        return [[] for _ in counts]
+    ranks, widths, ids = (data.int_list() for _ in range(3))
     logprobs, values = data.take_floats(len(ranks)), data.take_floats(len(ids))
     tops = zip(split(ids, widths), split(values, widths), strict=True)
     columns = zip(logprobs, ranks, tops, strict=True)
@@ -180,8 +185,6 @@ def split(values: Sequence[T], counts: Sequence[int]) -> list[list[T]]:
     """Lists of so many values each, one after the other; ValueError if they are not all."""
     if sum(counts) != len(values):
         raise ValueError(f"a frame counts {sum(counts)} entries and has {len(values)}")
-    if not values:
-        return [[] for _ in counts]
     rest = iter(values)
     return [list(islice(rest, count)) for count in counts]
 

@@ -54,7 +54,7 @@ class Stage:
     def run(self, frame: bytes) -> PendingFrame | None:
         """Launch a step and what it draws; None if another rank tells the result. RuntimeError,
         with the plan, if it is not the next one or not what rank 0 sent."""
-        with self._phase("decode"):
+        with self._phase("read"):
             plan = self._read(frame)
         if plan.step_id != self.num_steps:
             raise RuntimeError(f"step {self.num_steps} was due, and this plan came: {plan}")
