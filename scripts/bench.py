@@ -1,6 +1,7 @@
 """Measure an engine in this process (--model DIR), or a server (--base-url URL).
 
 python scripts/bench.py --model DIR --steps                      decode ms/step and prefill
+python scripts/bench.py --model DIR --steps --trace t.json       and a trace of some of the steps
 python scripts/bench.py --model DIR --profile seed               128 requests at once, 1024 + 1024
 python scripts/bench.py --base-url http://127.0.0.1:30000/v1 --max-concurrency 1 8 32 --plot b.png
 
@@ -25,7 +26,15 @@ from ernie_engine.bench.ceilings import measure_ceilings
 from ernie_engine.bench.environment import device_name
 from ernie_engine.bench.floors import Ceilings
 from ernie_engine.bench.metrics import parse_goodput
-from ernie_engine.bench.report import STEP_HEADER, ceilings_line, json_line, run_table, step_line
+from ernie_engine.bench.recorder import Tracer
+from ernie_engine.bench.report import (
+    STEP_HEADER,
+    ceilings_line,
+    json_line,
+    run_table,
+    step_line,
+    trace_lines,
+)
 from ernie_engine.bench.serving import Measurement, measure, run_row
 from ernie_engine.bench.steps import MAX_MODEL_LEN, StepBench, choose_cases, step_row
 from ernie_engine.bench.targets import (
@@ -44,6 +53,7 @@ from ernie_engine.engine.core import Description, describe
 def main() -> int:
     args = _parse(sys.argv[1:])
     try:
+        _check_trace(args.trace)
         if args.steps:
             _shorten_context(args)
         if args.base_url is None and _describe(args).world.rank > 0:
@@ -61,14 +71,30 @@ def main() -> int:
 def _measure_steps(args: argparse.Namespace) -> int:
     cases, rows = choose_cases(args.only, args.num_tokens), []
     with _open_engine(args) as (engine, ceilings):
-        bench = StepBench(engine, sampled=args.sampled, seed=args.seed, budget_s=args.budget_s)
+        tracer = None if args.trace is None else _tracer(engine, args.trace)
+        options = {"sampled": args.sampled, "seed": args.seed, "budget_s": args.budget_s}
         print(STEP_HEADER, flush=True)
-        for result in bench.run(cases):
+        for result in StepBench(engine, **options, tracer=tracer).run(cases):
             rows.append(step_row(result, ceilings))
             print(step_line(rows[-1]), flush=True)
+            if result.trace is not None:
+                print(trace_lines(result.trace), flush=True)
         config = {**engine_facts(engine), "sampled": args.sampled, "seed": args.seed}
+    if tracer is not None:
+        tracer.write()
     print(json_line("steps", config, {"ceilings": asdict(ceilings), "cases": rows}))
     return 0
+
+
+def _check_trace(path: Path | None) -> None:
+    """Before minutes of measuring."""
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"trace={str(path)!r}: there is no folder {str(path.parent)!r}")
+
+
+def _tracer(engine: Engine, path: Path) -> Tracer:
+    has_gpu = engine.config.device.startswith("cuda")
+    return Tracer(path, engine.phases, has_gpu, engine.config.max_steps_in_flight)
 
 
 def _measure_runs(args: argparse.Namespace) -> int:
@@ -178,6 +204,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.steps and args.base_url:
         parser.error("--steps needs --model: it measures an engine in this process")
+    if args.trace and not args.steps:
+        parser.error("--trace needs --steps: it traces their cases")
     return args
 
 
@@ -188,6 +216,14 @@ def _add_step_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-tokens", type=int, help="new tokens of decode cases, for a first look"
     )
     group.add_argument("--budget-s", type=float, help="begin no measurement that would end later")
+    group.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE.json",
+        help="run each case once more and write a Chrome trace of some of its steps (for "
+        "Perfetto): kernels, and what the host did meanwhile. Tracing slows steps down, so the "
+        "traced ones are not among the timed ones",
+    )
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:

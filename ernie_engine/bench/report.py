@@ -44,6 +44,33 @@ def step_line(row: Mapping[str, Any]) -> str:
     ).rstrip()
 
 
+def trace_lines(trace: Mapping[str, Any]) -> str:
+    """The figures of one case's traced steps (trace.summarize()), under its step_line()."""
+    if trace["steps"] == 0:
+        return "  no step of the whole batch was traced: it takes more new tokens"
+    phases = ", ".join(f"{name} {us:,.0f}" for name, us in trace["phases_us"].items())
+    lines = [
+        f"  traced {trace['steps']} steps of {trace['step_us']:,.0f} us (medians): "
+        f"host {trace['host_us']:,.0f} us, waiting {trace['waited_us']:,.0f} us",
+        f"  phases, us: {phases}",
+    ]
+    gpu = [f"  {trace['note']}"] if trace["gpu"] is None else _gpu_lines(trace["gpu"])
+    return "\n".join(lines + gpu)
+
+
+def _gpu_lines(gpu: Mapping[str, Any]) -> list[str]:
+    idle = gpu["idle_us"] or dict.fromkeys(("median", "max"))
+    lines = [
+        f"  GPU busy {gpu['busy_share']:.1%}, idle between steps {_number(idle['median'])} us "
+        f"(most {_number(idle['max'])}); {gpu['launches']:g} launches and {gpu['copies']:g} copies "
+        f"a step, {gpu['kernels']:g} kernels"
+    ]
+    return lines + [
+        f"  {kernel['us']:>10,.1f} us {kernel['count']:>7g} x {kernel['name']:.70}"
+        for kernel in gpu["top_kernels"]
+    ]
+
+
 def run_table(row: Mapping[str, Any], percentiles: Sequence[float]) -> str:
     """One run (a serving.run_row)."""
     concurrency = row["max_concurrency"]

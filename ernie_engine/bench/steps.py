@@ -7,8 +7,9 @@ Engine.generate(), so that the figures are what a user gets.
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -20,12 +21,14 @@ from ernie_engine.bench.floors import (
     mean_context,
     prefill_work,
 )
+from ernie_engine.bench.recorder import Excerpt, Tracer
 from ernie_engine.bench.workload import GREEDY, SAMPLED, model_ids, random_prompts
 from ernie_engine.engine.engine import Engine
 from ernie_engine.engine.request import SamplingParams
 
 WARM_UP_TOKENS = 9
 MAX_MODEL_LEN = 33000  # what the longest case needs
+TRACED_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,14 @@ CASES = (
 @dataclass(frozen=True)
 class CaseResult:
     """`times`: seconds a step (decode) or of the whole prefill, one a repetition. Empty if it was
-    skipped; `note` says why, or how the run departs from the definition."""
+    skipped; `note` says why, or how the run departs from the definition. `trace`: figures of
+    steps traced after that, as trace.summarize()."""
 
     case: Case
     times: Sequence[float] = ()
     note: str = ""
     work: Work = field(default=Work(0, 0))
+    trace: Mapping[str, Any] | None = None
 
     @property
     def seconds(self) -> float:
@@ -108,8 +113,9 @@ class StepBench:
         seed: int = 0,
         budget_s: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        tracer: Tracer | None = None,
     ):
-        self.engine, self.clock, self.seed = engine, clock, seed
+        self.engine, self.clock, self.seed, self.tracer = engine, clock, seed, tracer
         self.params = SamplingParams(**(SAMPLED if sampled else GREEDY), ignore_eos=True)
         self._deadline = float("inf") if budget_s is None else clock() + budget_s
         self._ids = model_ids(engine.model_config, engine.tokenizer)
@@ -145,7 +151,22 @@ class StepBench:
             expected = self.clock() - began
         if not times:
             return CaseResult(case, note=f"skipped: about {expected:.0f} s a repetition")
-        return CaseResult(case, times, _departures(case, len(times)), self._work(case))
+        result = CaseResult(case, times, _departures(case, len(times)), self._work(case))
+        return self._traced(result, prompts, expected)
+
+    def _traced(self, result: CaseResult, prompts: list[list[int]], expected: float) -> CaseResult:
+        """After the times, which it would lengthen, and within the budget as they are."""
+        if self.tracer is None:
+            return result
+        if self.clock() + expected > self._deadline:
+            notes = [*filter(None, [result.note]), "no trace: budget_s"]
+            return replace(result, note="; ".join(notes))
+        case = result.case
+        excerpt = _excerpt(case, self.engine.config.max_num_batched_tokens)
+        trace = self.tracer.trace(
+            case.name, excerpt, lambda: self._seconds(prompts, case.num_tokens)
+        )
+        return replace(result, trace=trace)
 
     def _one_time(self, case: Case, prompts: list[list[int]]) -> float:
         first = self._seconds(prompts, 1)
@@ -180,6 +201,16 @@ class StepBench:
         return decode_work(config, case.batch, context, itemsize)
 
 
+def _excerpt(case: Case, max_num_batched_tokens: int) -> Excerpt:
+    """The steps to trace: of a prefill all, of decoding some in the middle."""
+    if case.is_prefill:
+        return Excerpt()
+    num_prefills = -(-case.batch * case.prompt_len // max_num_batched_tokens)
+    num_decodes = max(1, case.num_tokens - num_prefills)  # of the whole batch
+    num_steps = min(TRACED_STEPS, max(1, num_decodes // 2))
+    return Excerpt((num_decodes - num_steps) // 2, num_steps, case.batch)
+
+
 def _departures(case: Case, repetitions: int) -> str:
     """How a measurement differs from the definition of its case."""
     defined = next(known for known in CASES if known.name == case.name)
@@ -209,4 +240,5 @@ def step_row(result: CaseResult, ceilings: Ceilings) -> dict[str, object]:
             "tflop": result.work.flops / 1e12,
             "times_ms": [1e3 * t for t in result.times],
         }
-    return row | {"note": result.note} if result.note else row
+    row |= {"note": result.note} if result.note else {}
+    return row | {"trace": result.trace} if result.trace is not None else row

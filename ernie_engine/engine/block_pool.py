@@ -43,6 +43,8 @@ class BlockPool:
 
     def take(self, hits: Sequence[int], num_new: int) -> list[int] | None:
         """Hold `hits` once more and `num_new` fresh blocks; None, and no change, if too few."""
+        if not hits and num_new == 0:  # as for most decode rows
+            return []
         if self.num_needed(hits, num_new) > self.num_free:
             return None
         for block in hits:

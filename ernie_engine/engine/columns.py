@@ -43,9 +43,8 @@ class ColumnReader:
         if found != kind or len(data) != _HEADER.size + 8 * (num_ints + num_floats):
             raise ValueError(f"not a {self.kind} frame, or cut short: {len(data)} bytes")
         middle = _HEADER.size + 8 * num_ints
-        self._ints, self._floats = array("q"), array("d")
-        self._ints.frombytes(data[_HEADER.size : middle])
-        self._floats.frombytes(data[middle:])
+        self._ints = array("q", data[_HEADER.size : middle]).tolist()
+        self._floats = array("d", data[middle:]).tolist()
         self._int_at = self._float_at = 0
 
     def one(self) -> int:
@@ -61,13 +60,13 @@ class ColumnReader:
         at, self._int_at = self._int_at, self._int_at + count
         if not at <= self._int_at <= len(self._ints):
             raise ValueError(f"a {self.kind} frame counts more entries than it has")
-        return self._ints[at : self._int_at].tolist()
+        return self._ints[at : self._int_at]
 
     def take_floats(self, count: int) -> list[float]:
         at, self._float_at = self._float_at, self._float_at + count
         if not at <= self._float_at <= len(self._floats):
             raise ValueError(f"a {self.kind} frame counts more entries than it has")
-        return self._floats[at : self._float_at].tolist()
+        return self._floats[at : self._float_at]
 
     def end(self) -> None:
         """ValueError if something was not read."""

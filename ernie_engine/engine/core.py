@@ -14,6 +14,7 @@ from ernie_engine.config import ModelConfig
 from ernie_engine.engine.block_pool import BlockPool
 from ernie_engine.engine.intake import Intake
 from ernie_engine.engine.loop import EngineLoop
+from ernie_engine.engine.phases import Phases
 from ernie_engine.engine.ranks import gather_ranks
 from ernie_engine.engine.scheduler import Limits, Scheduler
 from ernie_engine.engine_config import ResolvedConfig
@@ -33,7 +34,8 @@ class EngineCore:
 
     def __init__(self, description: Description):
         self.config, self.model_config = description.config, description.model_config
-        self.ranks, runner = gather_ranks(description)
+        self.phases = Phases()
+        self.ranks, runner = gather_ranks(description, self.phases)
         self.num_kv_blocks, self.ops = runner.kv.num_blocks, runner.ops
         self._calls_untold = self.config.log_kernels
         limits = Limits(
@@ -46,7 +48,8 @@ class EngineCore:
         )
         pool = BlockPool(self.num_kv_blocks)
         self.scheduler = Scheduler(limits, pool, digest_key=secrets.token_bytes(32))
-        self.loop = EngineLoop(self.scheduler, self.ranks, self.config.max_steps_in_flight)
+        depth = self.config.max_steps_in_flight
+        self.loop = EngineLoop(self.scheduler, self.ranks, depth, self.phases)
         self.ranks.on_failure(self.loop.fail)
         self.is_held = False  # a thread hangs in a step and will not end
 

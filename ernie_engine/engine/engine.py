@@ -17,6 +17,7 @@ from ernie_engine.engine.assembler import ChoiceAssembler
 from ernie_engine.engine.core import EngineCore, make_intake
 from ernie_engine.engine.intake import Intake, Job, Message, Prompt
 from ernie_engine.engine.loop import EngineDeadError, EngineLoop
+from ernie_engine.engine.phases import Phases
 from ernie_engine.engine.request import Piece, RequestOutput, SamplingParams, TokenOutput
 from ernie_engine.engine.worker import describe_rank, serve_rank
 from ernie_engine.engine_config import EngineConfig
@@ -115,6 +116,11 @@ class Engine:
             self._core.close()
 
     @property
+    def phases(self) -> Phases:
+        """What the loop is doing, for a watcher."""
+        return self._core.phases
+
+    @property
     def _intake(self) -> Intake:
         if self._opened is None:
             raise EngineDeadError(
@@ -149,8 +155,9 @@ class Engine:
                 if piece.finish_reason is not None:
                     num_open[index] -= 1
                     bar.update(num_open[index] == 0)
-                elapsed = bar.format_dict["elapsed"]
-                bar.set_postfix_str(f"{num_tokens / max(elapsed, 1e-9):.0f} tokens/s", False)
+                if use_tqdm:  # this thread's Python competes with the loop's
+                    elapsed = bar.format_dict["elapsed"]
+                    bar.set_postfix_str(f"{num_tokens / max(elapsed, 1e-9):.0f} tokens/s", False)
         return [job.output for job in jobs]
 
 

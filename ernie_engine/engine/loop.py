@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ernie_engine.engine.phases import Phases
 from ernie_engine.engine.plan import StepPlan, decode_result
 from ernie_engine.engine.request import Request, TokenOutput
 from ernie_engine.engine.scheduler import Scheduler
@@ -67,8 +68,15 @@ class _Stop:
 class EngineLoop:
     """Runs the scheduler and the ranks until close(); safe to call from any thread."""
 
-    def __init__(self, scheduler: Scheduler, ranks: Ranks, max_steps_in_flight: int):
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        ranks: Ranks,
+        max_steps_in_flight: int,
+        phases: Phases | None = None,
+    ):
         self._scheduler, self._ranks, self._depth = scheduler, ranks, max_steps_in_flight
+        self._phase = phases or Phases()
         self._inbox: queue.SimpleQueue[_Arrival | _Abort | _Stop] = queue.SimpleQueue()
         self._in_flight: deque[tuple[StepPlan, ResultFrame]] = deque()
         self._open: dict[int, tuple[Request, Sink]] = {}
@@ -182,13 +190,28 @@ class EngineLoop:
     def _turn(self) -> None:
         """Launch a step if one may still go out, take in the oldest if none did or enough have."""
         self._moved_at = time.monotonic()
-        plan = self._scheduler.schedule() if len(self._in_flight) < self._depth else None
+        plan = None
+        if len(self._in_flight) < self._depth:
+            with self._phase("schedule"):
+                plan = self._scheduler.schedule()
         if plan is not None:
-            self._stamp_started({new.slot for new in plan.new})
-            self._in_flight.append((plan, self._ranks.run(plan_frame(plan, self._ranks.debug))))
+            self._launch(plan)
         if self._in_flight and (plan is None or len(self._in_flight) == self._depth):
-            done, pending = self._in_flight.popleft()
-            self._deliver(self._scheduler.commit(done, decode_result(pending.wait())))
+            self._take_in(*self._in_flight.popleft())
+
+    def _launch(self, plan: StepPlan) -> None:
+        self._stamp_started({new.slot for new in plan.new})
+        with self._phase("encode"):
+            frame = plan_frame(plan, self._ranks.debug)
+        self._in_flight.append((plan, self._ranks.run(frame)))
+
+    def _take_in(self, plan: StepPlan, pending: ResultFrame) -> None:
+        with self._phase("wait"):
+            frame = pending.wait()
+        with self._phase("commit"):
+            outputs = self._scheduler.commit(plan, decode_result(frame))
+        with self._phase("deliver"):
+            self._deliver(outputs)
 
     def _stamp_started(self, slots: Collection[int]) -> None:
         for request in self._scheduler.running if slots else ():

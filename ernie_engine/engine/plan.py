@@ -5,14 +5,16 @@ Owns the meaning and the bytes of both. Never holds a queue, a tensor or a decis
 delta: whatever a rank already knows about a slot is not said again.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
+from typing import NamedTuple, TypeVar
 
 from ernie_engine.engine.columns import ColumnReader, ColumnWriter
 
 NO_LOGPROBS = -1  # SamplingSpec.num_logprobs: none are wanted (0 means: of the sampled token only)
 MASK64 = (1 << 64) - 1
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +87,7 @@ class StepPlan:
     sampling: SamplingPart
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
+class TokenLogprobs(NamedTuple):  # one a token: cheaper to make than a frozen dataclass
     """Log-probability and rank (1 = likeliest) of one token, and the likeliest alternatives."""
 
     logprob: float
@@ -157,24 +158,35 @@ def decode_plan(data: bytes) -> StepPlan:
     return StepPlan(step_id, freed, preempted, new, starts, *rows, part)
 
 
-def write_logprobs(out: ColumnWriter, rows: Iterable[Sequence[TokenLogprobs]]) -> None:
-    for row in rows:
-        out.ints.append(len(row))
-        for token in row:
-            out.floats.append(token.logprob)
-            out.ints.append(token.rank)
-            out.int_list(token.top_ids)
-            out.floats.extend(token.top_logprobs)
+def write_logprobs(out: ColumnWriter, rows: Sequence[Sequence[TokenLogprobs]]) -> None:
+    out.int_list([len(row) for row in rows])
+    tokens = [token for row in rows for token in row]
+    if not tokens:  # as in most steps; nothing follows
+        return
+    out.int_list([token.rank for token in tokens])
+    out.int_list([len(token.top_ids) for token in tokens])
+    out.int_list([i for token in tokens for i in token.top_ids])
+    out.floats.extend([token.logprob for token in tokens])
+    out.floats.extend([p for token in tokens for p in token.top_logprobs])
 
 
-def read_logprobs(data: ColumnReader, num_rows: int) -> list[list[TokenLogprobs]]:
-    return [[_read_token(data) for _ in range(data.one())] for _ in range(num_rows)]
+def read_logprobs(data: ColumnReader) -> list[list[TokenLogprobs]]:
+    counts = data.int_list()
+    if not any(counts):
+        return [[] for _ in counts]
+    ranks, widths, ids = (data.int_list() for _ in range(3))
+    logprobs, values = data.take_floats(len(ranks)), data.take_floats(len(ids))
+    tops = zip(split(ids, widths), split(values, widths), strict=True)
+    columns = zip(logprobs, ranks, tops, strict=True)
+    return split([TokenLogprobs(p, rank, *top) for p, rank, top in columns], counts)
 
 
-def _read_token(data: ColumnReader) -> TokenLogprobs:
-    (logprob,) = data.take_floats(1)
-    rank, top_ids = data.one(), data.int_list()
-    return TokenLogprobs(logprob, rank, top_ids, data.take_floats(len(top_ids)))
+def split(values: Sequence[T], counts: Sequence[int]) -> list[list[T]]:
+    """Lists of so many values each, one after the other; ValueError if they are not all."""
+    if sum(counts) != len(values):
+        raise ValueError(f"a frame counts {sum(counts)} entries and has {len(values)}")
+    rest = iter(values)
+    return [list(islice(rest, count)) for count in counts]
 
 
 def encode_result(result: StepResult) -> bytes:
@@ -184,7 +196,6 @@ def encode_result(result: StepResult) -> bytes:
     out.int_list([len(row) for row in result.token_ids])
     out.int_list([token for row in result.token_ids for token in row])
     write_logprobs(out, result.logprobs)
-    out.ints.append(len(result.prompt_logprobs))
     write_logprobs(out, result.prompt_logprobs)
     return out.done()
 
@@ -193,10 +204,8 @@ def decode_result(data: bytes) -> StepResult:
     """Raises ValueError on a frame that is no result or is cut short."""
     frame = ColumnReader(b"done", data)
     step_id, counts = frame.one(), frame.int_list()
-    flat = iter(frame.int_list())
-    token_ids = [list(islice(flat, count)) for count in counts]
-    logprobs = read_logprobs(frame, len(counts))
-    prompt_logprobs = read_logprobs(frame, frame.one())
+    token_ids = split(frame.int_list(), counts)
+    logprobs, prompt_logprobs = read_logprobs(frame), read_logprobs(frame)
     frame.end()
     return StepResult(step_id, token_ids, logprobs, prompt_logprobs)
 

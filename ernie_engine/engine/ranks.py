@@ -14,6 +14,7 @@ import torch
 
 from ernie_engine.engine.children import Children
 from ernie_engine.engine.loop import EngineDeadError
+from ernie_engine.engine.phases import Phases
 from ernie_engine.engine.rank import SelfReport, facts_of
 from ernie_engine.engine.stage import PendingFrame, Runner, Stage
 from ernie_engine.model.runner import ModelRunner
@@ -37,14 +38,14 @@ FAREWELL_SECONDS = 1.0  # for children to end by themselves once a rank is lost
 HELD_SECONDS = 30.0  # that start-up may be held by a collective after that
 
 
-def gather_ranks(description: Description) -> tuple["Alone | Fleet", ModelRunner]:
+def gather_ranks(description: Description, phases: Phases) -> tuple["Alone | Fleet", ModelRunner]:
     """Open the model on all ranks; and this rank's part of it. ValueError for what cannot be
     served, EngineDeadError for a rank that does not come or is lost meanwhile."""
     if description.grid.size == 1:
         runner = open_model(description)
-        return Alone(runner, description.config.debug), runner
+        return Alone(runner, description.config.debug, phases), runner
     try:
-        fleet = Fleet(description)
+        fleet = Fleet(description, phases)
     except PeerLost as lost:
         raise EngineDeadError(str(lost)) from lost
     return fleet, fleet.runner
@@ -53,8 +54,8 @@ def gather_ranks(description: Description) -> tuple["Alone | Fleet", ModelRunner
 class Alone:
     """This process is all there is."""
 
-    def __init__(self, runner: Runner, debug: bool = False):
-        self.debug, self.stage = debug, Stage(runner, debug)
+    def __init__(self, runner: Runner, debug: bool = False, phases: Phases | None = None):
+        self.debug, self.stage = debug, Stage(runner, debug, phases)
 
     def run(self, frame: bytes) -> PendingFrame:
         pending = self.stage.run(frame)
@@ -74,7 +75,7 @@ class Alone:
 class Fleet:
     """Rank 0 of several; the others run engine/worker.py's loop."""
 
-    def __init__(self, description: Description):
+    def __init__(self, description: Description, phases: Phases):
         config, world = description.config, description.world
         self.debug, self._grid = config.debug, description.grid
         self._report, self._activity = SelfReport(), Activity()
@@ -107,7 +108,7 @@ class Fleet:
             self._give_up(EngineDeadError("rank 0 was told to end while it started"))
             raise
         self._is_open.set()
-        self.runner, self.stage = runner, Stage(runner, config.debug)
+        self.runner, self.stage = runner, Stage(runner, config.debug, phases)
         self._report.attach(self._mesh, self.stage, runner)
 
     def _give_up(self, error: Exception) -> Exception:

@@ -8,6 +8,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Protocol
 
+from ernie_engine.engine.phases import Phases
 from ernie_engine.engine.plan import (
     SamplingPart,
     StepPlan,
@@ -46,19 +47,22 @@ class PendingFrame:
 class Stage:
     """Runs plan frames one after the other. With `debug` each ends in its plan's digest."""
 
-    def __init__(self, runner: Runner, debug: bool = False):
-        self.runner, self._debug = runner, debug
+    def __init__(self, runner: Runner, debug: bool = False, phases: Phases | None = None):
+        self.runner, self._debug, self._phase = runner, debug, phases or Phases()
         self.num_steps = 0  # launched so far: the next plan's id
 
     def run(self, frame: bytes) -> PendingFrame | None:
         """Launch a step and what it draws; None if another rank tells the result. RuntimeError,
         with the plan, if it is not the next one or not what rank 0 sent."""
-        plan = self._read(frame)
+        with self._phase("read"):
+            plan = self._read(frame)
         if plan.step_id != self.num_steps:
             raise RuntimeError(f"step {self.num_steps} was due, and this plan came: {plan}")
         self.num_steps += 1
-        self.runner.launch(plan)
-        result = self.runner.sample(plan.sampling)
+        with self._phase("launch", plan):
+            self.runner.launch(plan)
+        with self._phase("sample"):
+            result = self.runner.sample(plan.sampling)
         return None if result is None else PendingFrame(plan.step_id, result)
 
     def _read(self, frame: bytes) -> StepPlan:

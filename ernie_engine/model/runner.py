@@ -140,19 +140,22 @@ class ModelRunner:
         batch: ForwardBatch,
         hidden: Tensor,
     ) -> tuple[Tensor, LogprobTensors | None]:
-        at = to_device(list(rows), torch.int64, hidden.device)
-        slots = batch.slots[at]
-        logits = self.model.logits(hidden[batch.row_ends[at]])
-        tokens = self.sampler.draw(logits, slot_ids, slots)
+        slots, last = _last_tokens(rows, batch, hidden)
+        logits = self.model.logits(last)
+        positions = self.state.next_positions(slots)
+        tokens = self.sampler.draw(logits, slot_ids, slots, positions)
         if self.debug:
             check_equal(tokens, self.mesh, f"tokens drawn for slots {slot_ids}")
-        self.state.write(slots, self.state.next_positions(slots), tokens)
+        self.state.write(slots, positions, tokens)
         self.pipe.send_tokens(tokens)
         asking = [i for i, count in enumerate(wanted) if count != NO_LOGPROBS]
         if not asking:
             return _to_host(tokens), None
-        chosen = to_device(asking, torch.int64, hidden.device)
-        logprobs = self.sampler.logprobs(logits[chosen], tokens[chosen], max(wanted))
+        scored = logits, tokens
+        if len(asking) < len(wanted):
+            chosen = to_device(asking, torch.int64, hidden.device)
+            scored = logits[chosen], tokens[chosen]
+        logprobs = self.sampler.logprobs(*scored, max(wanted))
         return _to_host(tokens), LogprobTensors(*map(_to_host, logprobs))
 
     def _score_prompt(
@@ -177,6 +180,15 @@ class ModelRunner:
         return num_top, chunks
 
 
+def _last_tokens(rows: Sequence[int], batch: ForwardBatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """The slots [R] of some of the batch's rows, and the hidden states [R, H] of their last
+    tokens. Rows of one token that stand first, as when all decode, need no index from the host."""
+    if len(rows) <= batch.num_decode_tokens and list(rows) == list(range(len(rows))):
+        return batch.slots[: len(rows)], hidden[: len(rows)]
+    at = to_device(list(rows), torch.int64, hidden.device)
+    return batch.slots[at], hidden[batch.row_ends[at]]
+
+
 def _to_host(x: Tensor) -> Tensor:
     """A host copy; from a GPU it is complete only after the event recorded behind it."""
     if not x.is_cuda:
@@ -191,5 +203,7 @@ def _scores(tensors: LogprobTensors) -> list[TokenLogprobs]:
 
 def _shorten(score: TokenLogprobs, num_top: int) -> TokenLogprobs:
     """Rows share one batch of alternatives, as many as the most demanding asked for."""
+    if len(score.top_ids) == num_top:
+        return score
     ids, logprobs = score.top_ids[:num_top], score.top_logprobs[:num_top]
     return TokenLogprobs(score.logprob, score.rank, ids, logprobs)

@@ -1,10 +1,13 @@
 """Logits to tokens and log-probabilities, by each slot's own sampling values.
 
 Order of operations as in vLLM: min_tokens and logit_bias, penalties, (greedy ends here)
-temperature, min-p, top-k, top-p, Gumbel-max. Never part of the model's graph; owns no state.
+temperature, min-p, top-k, top-p, Gumbel-max. Never part of the model's graph. Owns what it has
+read of the rows it drew for last: most steps draw for the same ones.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import is_
 from typing import NamedTuple
 
 import torch
@@ -24,18 +27,69 @@ class LogprobTensors(NamedTuple):
     top_logprobs: Tensor
 
 
+@dataclass(frozen=True)
+class Rows:
+    """What R rows' sampling values ask for, on the device; it holds as long as slot_ids and specs
+    do. Indices of rows and tokens are None where no row asks."""
+
+    slot_ids: Sequence[int]
+    specs: Sequence[SamplingSpec]
+    values: dict[str, Tensor]  # of FLOATS and INTS: [R]
+    banned: Tensor | None  # [2, N] int64: row, token
+    biased: Tensor | None  # the same
+    biases: Tensor | None  # [N] fp32, of those
+    penalised: Tensor | None  # [N] int64: rows
+
+    def are(self, slot_ids: Sequence[int], specs: Sequence[SamplingSpec]) -> bool:
+        """A request that has got another one's slot came with an object of its own."""
+        return self.slot_ids == slot_ids and all(map(is_, self.specs, specs))
+
+    @property
+    def change_logits(self) -> bool:
+        asked = self.banned, self.biased, self.penalised
+        return any(indices is not None for indices in asked)
+
+
+def read_rows(
+    state: Slots, slot_ids: Sequence[int], specs: Sequence[SamplingSpec], slots: Tensor
+) -> Rows:
+    """`slots` is slot_ids [R], and `specs` are theirs."""
+    device = state.device
+    values: dict[str, Tensor] = dict(zip(FLOATS, state.floats[slots].unbind(1), strict=True))
+    values |= dict(zip(INTS, state.ints[slots].unbind(1), strict=True))
+    banned = [(i, t) for i, s in enumerate(specs) if s.min_tokens for t in s.banned_ids]
+    biased = [(i, t) for i, s in enumerate(specs) for t in s.bias_ids]
+    biases = [bias for s in specs for bias in s.bias_values]
+    penalised = [i for i, spec in enumerate(specs) if _has_penalty(spec)]
+
+    def indices(columns: Sequence) -> Tensor | None:
+        return to_device(columns, torch.int64, device) if columns else None
+
+    return Rows(
+        slot_ids=slot_ids,
+        specs=specs,
+        values=values,
+        banned=indices(list(zip(*banned, strict=True))),
+        biased=indices(list(zip(*biased, strict=True))),
+        biases=to_device(biases, torch.float32, device) if biases else None,
+        penalised=indices(penalised),
+    )
+
+
 class Sampler:
     def __init__(self, ops: Ops, state: Slots):
         self.ops, self.state = ops, state
+        self._last: Rows | None = None
 
-    def draw(self, logits: Tensor, slot_ids: Sequence[int], slots: Tensor) -> Tensor:
-        """One token [R] int64 for each row of logits [R, V] fp32; `slots` is slot_ids [R]."""
-        state = self.state
-        specs = [state.specs[slot] for slot in slot_ids]
-        positions = state.num_computed[slots]
-        values: dict[str, Tensor] = dict(zip(FLOATS, state.floats[slots].unbind(1), strict=True))
-        values |= dict(zip(INTS, state.ints[slots].unbind(1), strict=True))
-        logits = self._adjust(logits, specs, slots, positions, values)
+    def draw(
+        self, logits: Tensor, slot_ids: Sequence[int], slots: Tensor, positions: Tensor
+    ) -> Tensor:
+        """One token [R] int64 for each row of logits [R, V] fp32, to stand at `positions` [R]
+        int64; `slots` [R] int64 is slot_ids."""
+        rows = self._rows(slot_ids, slots)
+        if rows.change_logits:
+            logits = self._adjust(logits, rows, slots, positions)
+        values = rows.values
         return self.ops.sample(
             logits,
             values["temperature"],
@@ -46,53 +100,36 @@ class Sampler:
             positions,
         )
 
-    def _adjust(
-        self,
-        logits: Tensor,
-        specs: Sequence[SamplingSpec],
-        slots: Tensor,
-        positions: Tensor,
-        values: dict[str, Tensor],
-    ) -> Tensor:
+    def _rows(self, slot_ids: Sequence[int], slots: Tensor) -> Rows:
+        specs = [self.state.specs[slot] for slot in slot_ids]
+        if self._last is None or not self._last.are(slot_ids, specs):
+            self._last = read_rows(self.state, slot_ids, specs, slots)
+        return self._last
+
+    def _adjust(self, logits: Tensor, rows: Rows, slots: Tensor, positions: Tensor) -> Tensor:
         """Bans, biases and penalties, on a copy: the raw logits are still wanted."""
-        banned = [(i, t) for i, s in enumerate(specs) if s.min_tokens for t in s.banned_ids]
-        biased = [
-            (i, t, b)
-            for i, s in enumerate(specs)
-            for t, b in zip(s.bias_ids, s.bias_values, strict=True)
-        ]
-        penalised = [i for i, spec in enumerate(specs) if _has_penalty(spec)]
-        if not (banned or biased or penalised):
-            return logits
-        logits, device = logits.clone(), logits.device
-        if banned:
-            rows, ids = to_device(list(zip(*banned, strict=True)), torch.int64, device)
-            too_short = positions - self.state.prompt_lens[slots] < values["min_tokens"]
-            allowed = logits[rows, ids].masked_fill(too_short[rows], float("-inf"))
-            logits[rows, ids] = allowed
-        if biased:
-            rows, ids, biases = zip(*biased, strict=True)
-            at = to_device([rows, ids], torch.int64, device)
-            logits[at[0], at[1]] += to_device(biases, torch.float32, device)
-        if penalised:
-            rows = to_device(penalised, torch.int64, device)
-            logits[rows] = self._penalise(logits[rows], slots[rows], positions[rows], values, rows)
+        logits = logits.clone()
+        if rows.banned is not None:
+            at, ids = rows.banned
+            num_drawn = positions - self.state.prompt_lens[slots]
+            too_short = num_drawn < rows.values["min_tokens"]
+            logits[at, ids] = logits[at, ids].masked_fill(too_short[at], float("-inf"))
+        if rows.biased is not None and rows.biases is not None:
+            at, ids = rows.biased
+            logits[at, ids] += rows.biases
+        if rows.penalised is not None:
+            at = rows.penalised
+            logits[at] = self._penalise(logits[at], slots[at], positions[at], rows)
         return logits
 
-    def _penalise(
-        self,
-        logits: Tensor,
-        slots: Tensor,
-        positions: Tensor,
-        values: dict[str, Tensor],
-        rows: Tensor,
-    ) -> Tensor:
+    def _penalise(self, logits: Tensor, slots: Tensor, positions: Tensor, rows: Rows) -> Tensor:
+        """Of the penalised rows alone."""
         count, history, vocab_size = self.ops.token_counts, self.state.history, logits.shape[1]
         prompt_lens = self.state.prompt_lens[slots]
         nothing = torch.zeros_like(prompt_lens)
         in_prompt = count(history, slots, nothing, prompt_lens, vocab_size) > 0
         in_answer = count(history, slots, prompt_lens, positions, vocab_size)
-        penalties = (values[name][rows] for name in PENALTIES)
+        penalties = (rows.values[name][rows.penalised] for name in PENALTIES)
         return self.ops.apply_penalties(logits, in_prompt, in_answer, *penalties)
 
     def logprobs(self, logits: Tensor, tokens: Tensor, num_top: int) -> LogprobTensors:
@@ -101,5 +138,5 @@ class Sampler:
 
 
 def _has_penalty(spec: SamplingSpec) -> bool:
-    penalties = spec.repetition_penalty - 1.0, spec.frequency_penalty, spec.presence_penalty
-    return any(penalty != 0.0 for penalty in penalties)
+    penalties = spec.repetition_penalty, spec.frequency_penalty, spec.presence_penalty
+    return penalties != (1.0, 0.0, 0.0)

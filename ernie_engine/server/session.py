@@ -7,7 +7,6 @@ Filled by the engine client, read by one task. Never waits for a client's socket
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import replace
 
 from ernie_engine.engine.assembler import ChoiceAssembler
 from ernie_engine.engine.intake import Job
@@ -151,8 +150,7 @@ def _one_by_one(output: TokenOutput) -> Iterable[TokenOutput]:
         return (output,)
     last = len(output.token_ids) - 1
     return [
-        replace(
-            output,
+        output._replace(
             token_ids=output.token_ids[i : i + 1],
             logprobs=output.logprobs[i : i + 1],
             prompt_logprobs=() if i else output.prompt_logprobs,

@@ -134,8 +134,8 @@ def decode_step(payload: bytes) -> StepFrame:
     ids, counts, flat, reasons, stops, cached = (data.int_list() for _ in range(6))
     tokens = iter(flat)
     scored = data.int_list()
-    logprobs = dict(zip(scored, read_logprobs(data, len(scored)), strict=True))
-    prompt_logprobs = dict(zip(scored, read_logprobs(data, len(scored)), strict=True))
+    logprobs = dict(zip(scored, read_logprobs(data), strict=True))
+    prompt_logprobs = dict(zip(scored, read_logprobs(data), strict=True))
     columns = zip(ids, counts, reasons, stops, cached, strict=True)
     outputs = [
         TokenOutput(

@@ -58,6 +58,22 @@ def test_steps(bench, tiny):
     assert {"date", "command", "commit", "device", "driver"} <= report.keys()
 
 
+def test_steps_are_traced_after_they_were_timed(bench, tiny, tmp_path):
+    trace, only = tmp_path / "trace.json", "b=1,b=1@32k,1x128"
+    code, out, report = bench(
+        *("--model", tiny, "--steps", "--only", only, "--num-tokens", 8, *LITTLE_CACHE),
+        *("--trace", trace),
+    )
+    assert code == 0 and "the host's phases only" in out
+    decode, skipped, prefill = report["cases"]
+    assert decode["trace"]["steps"] == 3 and decode["trace"]["gpu"] is None
+    assert prefill["trace"]["steps"] == 1 and "trace" not in skipped
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert [e["name"].split(": step")[0] for e in events if e["cat"] == "step"] == [
+        *("b=1", "b=1", "b=1", "1x128")
+    ]
+
+
 def test_dummy_weights_need_only_a_config(bench, tiny, tmp_path):
     (tmp_path / "config.json").write_text((tiny / "config.json").read_text())
     args = "--model", tmp_path, "--load-format", "dummy", *LITTLE_CACHE
@@ -126,6 +142,7 @@ def test_a_server_that_refuses(bench, tiny):
         (["--model", "/nowhere"], "is not a folder"),
         (["--model", "TINY", "--max-input-len", "511", "--max-output-len", "2"], "max_model_len"),
         (["--model", "TINY", "--steps", "--only", "b=3"], "b=3"),
+        (["--model", "TINY", "--steps", "--trace", "/nowhere/t.json"], "no folder '/nowhere'"),
         (["--model", "TINY", "--request-rate", "0"], "request_rate"),
         (["--model", "TINY", "--goodput", "ttft"], "goodput"),
         (["--base-url", "http://127.0.0.1:1", "--tokenizer", "TINY"], "no server answers"),
@@ -135,6 +152,12 @@ def test_bad_input_is_an_error_that_names_it(bench, tiny, args, message):
     cpu = () if "--base-url" in args else LITTLE_CACHE
     code, err, _ = bench(*[str(tiny) if arg == "TINY" else arg for arg in args], *cpu)
     assert code == 2 and message in err
+
+
+def test_a_trace_is_of_steps(bench, capsys):
+    with pytest.raises(SystemExit):
+        bench("--model", "x", "--trace", "t.json")
+    assert "--trace needs --steps" in capsys.readouterr().err
 
 
 def test_steps_are_not_for_servers(bench, capsys):

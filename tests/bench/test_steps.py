@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from ernie_engine.bench.floors import Ceilings, decode_work
+from ernie_engine.bench.recorder import Excerpt
 from ernie_engine.bench.steps import CASES, Case, StepBench, choose_cases, step_row
 from ernie_engine.config import ModelConfig
 from tests.tiny import open_engine
@@ -32,6 +33,7 @@ class MadeUpEngine:
         self.config = SimpleNamespace(
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=8192,
             block_size=16,
             dtype="bfloat16",
         )
@@ -156,6 +158,43 @@ def test_a_budget_leaves_out_what_would_not_fit_at_all():
     assert engine.now < 10  # the warm-up alone
     spent = MadeUpEngine()
     assert "spent" in measure(spent, case("1x128"), budget_s=0).note and not spent.calls
+
+
+@dataclass
+class MadeUpTracer:
+    excerpts: dict = field(default_factory=dict)
+
+    def trace(self, name, excerpt, run):
+        self.excerpts[name] = excerpt
+        run()
+        return {"steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "excerpt"),
+    [
+        ("b=1", Excerpt(117, 20, 1)),  # 255 steps come after that which reads the prompt
+        ("b=256", Excerpt(116, 20, 256)),  # prompts take 4 steps
+        ("b=32@8k", Excerpt(8, 16, 32)),  # prompts take 32, and there are 64 tokens
+        ("16x1024", Excerpt()),
+    ],
+)
+def test_some_steps_in_the_middle_are_traced_after_the_times(name, excerpt):
+    engine, tracer = MadeUpEngine(), MadeUpTracer()
+    result = measure(engine, case(name), tracer=tracer)
+    assert tracer.excerpts == {name: excerpt}
+    assert step_row(result, H200)["trace"] == {"steps": 1}
+    untraced = MadeUpEngine()
+    assert measure(untraced, case(name)).times == pytest.approx(result.times)
+    assert len(engine.calls) == len(untraced.calls) + 1
+    assert engine.calls[-1][1][0].max_tokens == case(name).num_tokens
+
+
+def test_a_budget_leaves_out_the_trace_and_says_so():
+    engine, tracer = MadeUpEngine(step_s=1.0), MadeUpTracer()
+    result = measure(engine, case("b=1"), budget_s=600, tracer=tracer)
+    assert not tracer.excerpts and "no trace: budget_s" in result.note
+    assert "trace" not in step_row(result, H200) and engine.now < 600
 
 
 def test_cases_are_chosen_by_name_and_by_group():

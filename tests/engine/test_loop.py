@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import contextmanager
 from functools import partial
 from queue import SimpleQueue
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 from ernie_engine import EngineDeadError, SamplingParams
 from ernie_engine.engine.block_pool import BlockPool
 from ernie_engine.engine.loop import EngineLoop
+from ernie_engine.engine.phases import PHASES, Phases
 from ernie_engine.engine.plan import SamplingSpec
 from ernie_engine.engine.ranks import Alone
 from ernie_engine.engine.request import Request
@@ -71,7 +73,9 @@ class Rig:
         self.scheduler = Scheduler(limits, BlockPool(64), digest_key=b"test")
         self.books, self.depth = Books(), depth
         self.gate = Gate(self.books)
-        self.loop = EngineLoop(self.scheduler, Alone(self.gate), depth)
+        self.phases = Phases()
+        ranks = Alone(self.gate, phases=self.phases)
+        self.loop = EngineLoop(self.scheduler, ranks, depth, self.phases)
 
     def submit(self, sink, *lengths: int, first_id: int = 0) -> list[Request]:
         requests = [
@@ -114,6 +118,23 @@ def test_each_sink_gets_what_a_step_brought_it_at_once(rig):
     assert [ends(batch) for batch in take(yours, 2)] == [[(10, None)], [(10, "length")]]
     rig.loop.close()
     assert rest(mine) == rest(yours) == []  # a sink whose requests have ended hears no death
+
+
+def test_a_watcher_sees_every_phase_of_every_step_in_turn():
+    rig, sink, seen = Rig(depth=1), SimpleQueue(), []
+
+    @contextmanager
+    def watch(name, plan):
+        seen.append((name, None if plan is None else plan.step_id))
+        yield
+
+    rig.phases.watcher = watch
+    rig.submit(sink, 2)
+    rig.gate.let(100)
+    take(sink, 2)
+    rig.loop.close()
+    turns = [[(name, i if name == "launch" else None) for name in PHASES] for i in range(2)]
+    assert seen == turns[0] + turns[1]
 
 
 def test_arrivals_that_nobody_read_get_the_death(rig):

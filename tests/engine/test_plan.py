@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ernie_engine.engine.columns import ColumnWriter
 from ernie_engine.engine.plan import (
     NewSlot,
     SamplingPart,
@@ -20,6 +21,7 @@ from ernie_engine.engine.plan import (
     derived_seed,
     encode_plan,
     encode_result,
+    write_logprobs,
 )
 
 int64 = st.integers(-(1 << 63), (1 << 63) - 1)
@@ -95,6 +97,18 @@ def test_a_frame_whose_counts_lie_is_refused():
         lying = data[:20] + struct.pack("<q", count) + data[28:]  # the length of `freed`
         with pytest.raises(ValueError, match="plan"):
             decode_plan(lying)
+
+
+@pytest.mark.parametrize("counts", [[1, 2], [1], [2, -1], []])
+def test_a_result_whose_counts_do_not_add_up_is_refused(counts):
+    out = ColumnWriter(b"done")
+    out.ints.append(3)
+    out.int_list(counts)
+    out.int_list([7, 8])
+    for _ in range(2):
+        write_logprobs(out, [])
+    with pytest.raises(ValueError):
+        decode_result(out.done())
 
 
 def test_a_decode_step_of_256_rows_costs_little():

@@ -1,5 +1,7 @@
 """ModelRunner on plans written by hand: which rows are drawn from and scored, and with what."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from ernie_engine.engine.plan import (
 )
 from ernie_engine.engine_config import EngineConfig
 from ernie_engine.model import runner as runner_module
+from ernie_engine.model import sampler as sampler_module
 from ernie_engine.model.runner import ModelRunner
 from ernie_engine.model.startup import describe, open_model
 
@@ -83,6 +86,23 @@ def test_the_next_step_reads_the_token_that_was_drawn(runner):
     told = [*text, *first.token_ids[0]]
     again, _ = run(runner, plan({2: 7}, {2: (told, GREEDY)}, SamplingPart([0])))
     assert second.token_ids == again.token_ids
+
+
+def test_a_decode_step_of_the_same_rows_draws_without_a_word_from_the_host(runner, monkeypatch):
+    penalised = SamplingSpec(temperature=0.8, top_p=0.9, presence_penalty=0.5, bias_ids=(7,))
+    specs = {2: GREEDY, 0: replace(penalised, bias_values=(1.0,)), 4: GREEDY}
+    new = {slot: (prompt(5, slot), spec) for slot, spec in specs.items()}
+    part, decode = SamplingPart([0, 1, 2]), dict.fromkeys(specs, 1)
+    run(runner, plan(dict.fromkeys(specs, 5), new, part))
+    run(runner, plan(decode, {}, part))
+
+    def refuse(*_):
+        raise AssertionError("a copy from the host")
+
+    runner.launch(plan(decode, {}, part))
+    monkeypatch.setattr(runner_module, "to_device", refuse)
+    monkeypatch.setattr(sampler_module, "to_device", refuse)
+    assert len(runner.sample(part).wait().token_ids) == 3
 
 
 def test_a_slot_given_away_keeps_nothing_of_its_last_request(runner):

@@ -11,7 +11,8 @@ import torch
 from ernie_engine.engine.plan import NewSlot, SamplingPart, SamplingSpec, StepPlan
 from ernie_engine.kernels.philox import gumbel_noise
 from ernie_engine.kernels.registry import select
-from ernie_engine.model.sampler import Sampler
+from ernie_engine.model import sampler as sampler_module
+from ernie_engine.model.sampler import Sampler, read_rows
 from ernie_engine.model.slots import Slots
 
 VOCAB, NUM_SLOTS, MAX_LEN = 23, 12, 40
@@ -45,7 +46,8 @@ def sampler_with(texts: dict[int, Text]) -> Sampler:
 def draw(texts: dict[int, Text], logits: torch.Tensor) -> list[int]:
     """One token for each row of `logits`; row i belongs to the i-th of `texts`."""
     slots = list(texts)
-    return sampler_with(texts).draw(logits, slots, torch.tensor(slots)).tolist()
+    sampler, at = sampler_with(texts), torch.tensor(slots)
+    return sampler.draw(logits, slots, at, sampler.state.next_positions(at)).tolist()
 
 
 def adjusted(text: Text, z: list[float]) -> list[float]:
@@ -169,3 +171,54 @@ def test_log_probabilities_are_ordered_and_of_the_logits_given():
     assert torch.equal(found.logprob, expected[torch.arange(3), tokens])
     assert torch.equal(found.top_ids, logits.topk(5).indices)
     assert torch.equal(found.rank, (logits >= logits.gather(1, tokens[:, None])).sum(-1))
+
+
+def test_rows_are_read_once_for_as_many_steps_as_they_stay(monkeypatch):
+    reads = []
+
+    def counted(*args):
+        reads.append(args)
+        return read_rows(*args)
+
+    monkeypatch.setattr(sampler_module, "read_rows", counted)
+    greedy = SamplingSpec(temperature=0.0)
+    texts = {3: Text([1], [], greedy), 5: Text([2], [], replace(greedy, presence_penalty=1.0))}
+    sampler = sampler_with(texts)
+
+    def step(slots: list[int]) -> int:
+        at = torch.tensor(slots)
+        logits = torch.zeros(len(slots), VOCAB)
+        sampler.draw(logits, slots, at, sampler.state.next_positions(at))
+        return len(reads)
+
+    assert [step([3, 5]), step([3, 5]), step([5, 3]), step([5]), step([5])] == [1, 1, 2, 3, 3]
+
+
+def test_reading_rows_tells_who_asks_for_what():
+    plain, banned = SamplingSpec(), SamplingSpec(min_tokens=2, banned_ids=(5, 6))
+    biased = SamplingSpec(bias_ids=(3,), bias_values=(1.5,), frequency_penalty=0.1)
+    specs = {4: plain, 2: banned, 0: biased}
+    sampler = sampler_with({slot: Text([1], [], spec) for slot, spec in specs.items()})
+    slots = list(specs)
+    rows = read_rows(sampler.state, slots, list(specs.values()), torch.tensor(slots))
+    assert rows.banned is not None and rows.banned.tolist() == [[1, 1], [5, 6]]
+    assert rows.biased is not None and rows.biased.tolist() == [[2], [3]]
+    assert rows.biases is not None and rows.biases.tolist() == [1.5]
+    assert rows.penalised is not None and rows.penalised.tolist() == [2]
+    assert rows.values["min_tokens"].tolist() == [0, 2, 0] and rows.change_logits
+    nothing = read_rows(sampler.state, [4], [plain], torch.tensor([4]))
+    assert not nothing.change_logits and nothing.banned is None is nothing.biases
+
+
+def test_a_slot_that_went_to_another_request_is_read_again():
+    sampler, at = sampler_with({0: Text([1], [], SamplingSpec(temperature=0.0))}), torch.tensor([0])
+    logits = torch.tensor([[0.0, 1.0, 2.0] + [-9.0] * (VOCAB - 3)])
+
+    def next_token() -> int:
+        return sampler.draw(logits, [0], at, sampler.state.next_positions(at)).item()
+
+    assert next_token() == 2
+    biased = SamplingSpec(temperature=0.0, bias_ids=(1,), bias_values=(5.0,))
+    other = [NewSlot(0, [4, 4], biased)]
+    sampler.state.apply(StepPlan(1, (0,), (), other, [(0, 0)], (), (), (), (), SamplingPart()))
+    assert next_token() == 1
