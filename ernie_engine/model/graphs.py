@@ -77,14 +77,15 @@ def graph_shapes(config: ResolvedConfig) -> GraphShapes:
     most_rows = min(-(-config.max_num_seqs // config.pipeline_parallel_size), budget)
     most_blocks = -(-config.max_model_len // block_size)
     mixed_blocks = min(most_blocks, -(-MIXED_CONTEXT // block_size))
-    longest = min(config.max_model_len, mixed_blocks * block_size)
+    most_padding = min(config.max_model_len, mixed_blocks * block_size)
     mixed = []
     for size in _up_to(MIXED_SIZES, budget):
-        num_rows = min(size, most_rows, MAX_MIXED_ROWS) + 1
-        if size <= num_rows * longest:  # else no step comes near it
-            mixed.append(StepShape(num_rows, size, 0, size, mixed_blocks))
+        num_rows = min(size, most_rows, MAX_MIXED_ROWS)
+        # A request's last token is never computed.
+        if size <= num_rows * (most_padding - 1) + most_padding:  # else no step comes near it
+            mixed.append(StepShape(num_rows + 1, size, 0, size, mixed_blocks))
     decode = [StepShape(n, n, n, 1, most_blocks) for n in _up_to(DECODE_SIZES, most_rows)]
-    return GraphShapes(decode, mixed, longest)
+    return GraphShapes(decode, mixed, most_padding)
 
 
 def _up_to(sizes: Sequence[int], most: int) -> list[int]:
@@ -143,7 +144,7 @@ class StepGraph:
 
     def run(self) -> Output:
         """The work itself, on the inputs as they are."""
-        return self._forward(*self._columns, self.shape, self._stream)
+        return self._forward(self._columns[0], self._columns[1], self.shape, self._stream)
 
     def record(self, recorder: Recorder) -> None:
         self._output, self._replay = recorder.record(self.run)

@@ -37,7 +37,8 @@ class KVGeometry:
 class KVCache:
     """K and V of `num_blocks` blocks for every layer, [num_blocks + 1, block_size, Hkv, D] each.
 
-    The last, `scratch_block`, is never anybody's: padding rows write there. Zeroed: a padded read of a slot that nothing has written yet must be finite.
+    The last, `scratch_block`, is never anybody's: padding rows write there. Zeroed: a padded read
+    of a slot that nothing has written yet must be finite.
     """
 
     def __init__(self, geometry: KVGeometry, num_blocks: int, device: torch.device):

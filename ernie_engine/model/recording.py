@@ -31,8 +31,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 
 class GraphMaker:
-    """Makes the graphs of `shapes` with one recorder. `stream` [T, H]: where later stages take their
-    input from, None in the first; it should hold finite numbers that differ."""
+    """Makes the graphs of `shapes` with one recorder. `stream` [T, H]: where a later stage's take
+    their input from, finite numbers that differ; None in the first."""
 
     def __init__(
         self, forward: Forward, shapes: GraphShapes, recorder: Recorder, stream: Tensor | None

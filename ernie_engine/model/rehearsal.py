@@ -136,8 +136,9 @@ def rows_filling(shape: StepShape, longest: int) -> list[Row]:
         num_rows = max(1, shape.num_rows - 1)
         return [((7 * i + 20) % min(longest, SHORT_CONTEXT), 1) for i in range(num_rows)]
     most_rows = shape.num_rows - 1
-    rows = [(3 * i + 1, 1) for i in range(min(2, most_rows - 1)) if 3 * i + 1 < longest]
-    left = shape.num_tokens - len(rows) - min(3, shape.num_tokens // 4)
+    has_room = (most_rows - 2) * longest >= shape.num_tokens  # beside two single tokens
+    rows = [(min(3 * i + 1, longest - 1), 1) for i in range(2 if has_room else 0)]
+    left = shape.num_tokens - len(rows) - min(3, longest, shape.num_tokens // 4)
     while left > 0 and len(rows) < most_rows:
         count = min(left, longest)
         rows.append((0, count))

@@ -17,7 +17,7 @@ INTS = ("top_k", "seed", "min_tokens")
 
 
 def host_tensor(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A host list as a tensor that a GPU can fetch without being waited for, if that is `device`."""
+    """A host list as a host tensor; if `device` is a GPU, one that it fetches by itself."""
     host = torch.tensor(values, dtype=dtype)
     return host.pin_memory() if device.type == "cuda" else host
 
