@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from triton import knobs
 
 from ernie_engine.engine.plan import NewSlot, SamplingPart, SamplingSpec, StepPlan
 from ernie_engine.engine_config import EngineConfig
@@ -304,3 +305,13 @@ def test_the_bytes_of_graphs_are_two_measured_ones_and_an_estimate_of_the_others
     monkeypatch.setattr(recording, "free_memory", lambda: next(free))
     found = recording.bytes_of_graphs(maker, maker._shapes, hidden_bytes=128)
     assert found == (100 << 20) + 2 * recording.GRAPH_BYTES + (1 + 16) * 128
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not knobs.runtime.interpret, reason="tests/engine/test_graphs.py has a GPU")
+@pytest.mark.parametrize("name", ["single tokens", "prompts", "mixed"])
+def test_padding_changes_nothing_for_triton_kernels(tiny, name):
+    """Interpreted: rows of the spare slot, rows of no tokens, NaN in what nobody has written."""
+    config = EngineConfig(model=str(tiny), device="cpu", kernels="triton", max_num_seqs=NUM_SLOTS)
+    check_padding(open_model(describe(config)).forward, name, SHAPES[name][-2])
