@@ -193,6 +193,11 @@ class StepGraphs:
     def add(self, graph: StepGraph) -> None:
         self._graphs[graph.shape] = graph
 
+    def drop(self) -> None:
+        """At the end, from any thread: a group of NCCL does not end while there is a graph with one
+        of its collectives. One that runs is dropped once it is done."""
+        self._graphs.clear()
+
     def find(self, step: StepShape) -> StepGraph | None:
         """The recording that holds a step; None: it runs eagerly."""
         shape = self.shapes.fit(step)
