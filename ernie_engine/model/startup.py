@@ -1,13 +1,14 @@
 """From a folder to a runner that is ready: configuration, weights, memory.
 
 Start-up values flow once: config resolved -> model filled -> memory measured -> K/V cache made ->
-kernels compiled -> graphs recorded. Owns that order and the arithmetic it prints. Runs no request.
+kernels asked for -> graphs recorded. Owns that order and the arithmetic it prints. Runs no request.
 """
 
 import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from ernie_engine.model.graphs import (
     graph_shapes,
     obstacle,
 )
+from ernie_engine.model.kernel_cache import CacheFill
 from ernie_engine.model.kv_cache import KVCache, KVGeometry
 from ernie_engine.model.recording import GraphMaker, bytes_of_graphs, make_graphs
 from ernie_engine.model.rehearsal import compiling_plans, largest_plan, rehearse
@@ -104,8 +106,9 @@ def open_model(
 ) -> ModelRunner:
     """Load this rank's weights and take the memory. Raises ValueError for what cannot be served.
 
-    `agree` is told how many K/V blocks fit here and says how many there will be; `alive` is
-    told between parts of the work what this rank does, and may raise to give up.
+    `agree` is told a number by each rank and says to all which is the smallest: how many K/V blocks
+    there will be. `alive` is told between parts of the work what this rank does, and may raise to
+    give up.
     """
     started, counter = time.monotonic(), compile_counter()
     config, model_config = description.config, description.model_config
@@ -117,8 +120,18 @@ def open_model(
         ops = ops.counted()
     place = Placement(mesh or Mesh(), getattr(torch, config.dtype), device)
     layers = deal_layers(model_config, place.mesh.pp_size)[place.mesh.pp_rank]
-    model = Ernie(model_config, ops, place, config.max_model_len, layers)
-    _fill(model, description, place.mesh, alive)
+    shows_bar = place.mesh.pp_rank == place.mesh.tp_rank == 0
+    compiles = device.type == "cuda" and "triton" in ops.implementations().values()
+    with ExitStack() as stack:
+        cache_fill = None
+        if compiles and description.world.local_rank == 0:
+            cache_fill = stack.enter_context(CacheFill(config, model_config, place.mesh))
+        model = Ernie(model_config, ops, place, config.max_model_len, layers)
+        _fill(model, description, place.mesh, alive)
+        if cache_fill is not None:
+            cache_fill.wait(partial(alive, State.COMPILING), shows_bar)
+    if compiles:
+        agree(0)  # on every host all is compiled
     geometry = KVGeometry(
         num_layers=len(layers),
         num_kv_heads=place.mesh.share_of_kv_heads(model_config.num_key_value_heads),
@@ -140,8 +153,7 @@ def open_model(
     num_blocks = agree(geometry.blocks_in(budget))
     _tell_blocks(config, geometry, num_blocks, budget, why)
     kv = KVCache(geometry, num_blocks, device)
-    shows_bar = place.mesh.pp_rank == place.mesh.tp_rank == 0
-    if "triton" in ops.implementations().values() and device.type == "cuda":
+    if compiles:
         _compile_kernels(config, runner_with(kv), alive, shows_bar)
     graphs = NO_GRAPHS
     if shapes is not NO_GRAPHS.shapes:

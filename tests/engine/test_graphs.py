@@ -197,6 +197,17 @@ def _variety(rng: random.Random, count: int) -> list[SamplingParams]:
 
 
 @gpu
+@pytest.mark.timeout(900)
+def test_all_that_serves_was_compiled_by_other_processes(tiny, forgotten, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    hits = []
+    monkeypatch.setattr(compile_counter(), "_then", lambda **what: hits.append(what["cache_hit"]))
+    with opened(tiny, max_num_seqs=40) as engine:
+        engine.generate([[5, 6, 7]], params(1)[0], use_tqdm=False)
+    assert len(hits) > 20 and all(hits)
+
+
+@gpu
 def test_no_graphs_with_twins_that_wait(tiny, caplog):
     fields = {"kernels": "triton,-moe_experts"}
     with caplog.at_level("INFO", "ernie_engine"), opened(tiny, **fields) as engine:

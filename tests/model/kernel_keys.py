@@ -5,24 +5,26 @@
 Run without TRITON_INTERPRET. Launches nothing: each launch is noted by the key under which Triton
 keeps compiled kernels (types, alignment, integers that are 1 or multiples of 16, constants). What
 kernels would have written stays as it lies in memory, so plans may not depend on it. Prints a line
-for each key that a random step asked for and start-up did not; then how many keys there were.
+for each key that a random step asked for and start-up did not, or start-up did and the processes
+that fill the cache would not; then how many keys there were.
 """
 
 import random
 import sys
+from dataclasses import replace
 
 import torch
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction, compute_cache_key
 
-from ernie_engine.bench.kernels.compiling import NoDevice
 from ernie_engine.engine.plan import NO_LOGPROBS, SamplingPart, SamplingSpec, StepPlan
 from ernie_engine.engine_config import EngineConfig
 from ernie_engine.kernels import launch
 from ernie_engine.kernels.registry import select
-from ernie_engine.model import startup
+from ernie_engine.model import kernel_cache, startup
 from ernie_engine.model.rehearsal import compiling_plans, made_up_plan, rehearse
 from ernie_engine.model.runner import ModelRunner
+from ernie_engine.parallel.mesh import Mesh
 
 ARCH = 90
 
@@ -84,7 +86,7 @@ def keys_of(runner: ModelRunner, plans) -> set:
 
 
 def main(folder: str) -> None:
-    driver.set_active(NoDevice(ARCH))  # pyright: ignore[reportArgumentType]
+    driver.set_active(kernel_cache.NoDevice(ARCH))  # pyright: ignore[reportArgumentType]
     launch.architecture = lambda device: f"sm_{ARCH}"
     startup.select = lambda kernels, device_type: select("triton", "cuda")
     config = EngineConfig(
@@ -99,7 +101,13 @@ def main(folder: str) -> None:
     asked = keys_of(runner, compiling_plans(resolved, num_blocks))
     rng = random.Random(1)
     needed = keys_of(runner, (random_plan(rng, resolved, num_blocks) for _ in range(400)))
-    for name, key in sorted(needed - asked):
+    filled = set()
+    resolved = replace(resolved, kernels="triton")
+    model_config = startup.describe(config).model_config
+    kernel_cache.meet_kernels(
+        resolved, model_config, Mesh(), ARCH, lambda *met: filled.add(met[:2])
+    )
+    for name, key in sorted((needed - asked) | (asked - filled)):
         print("missed", name, key)
     print(len(asked), len(needed))
 

@@ -7,12 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from triton import knobs
 
 from ernie_engine.engine_config import EngineConfig
+from ernie_engine.model import kernel_cache
 from ernie_engine.model.compilations import compile_counter
 from ernie_engine.model.rehearsal import compiling_plans, sizes_up_to
 from ernie_engine.model.startup import describe
+from ernie_engine.parallel.mesh import Mesh
 from ernie_engine.testing.checkpoints import write_checkpoint
 from tests.tiny import SPEC
 
@@ -76,3 +79,67 @@ def test_each_kernel_that_triton_tells_of_is_counted_once_and_told_on(monkeypatc
     knobs.compilation.listener(src="kernel", cache_hit=True)
     knobs.compilation.listener(src="other", cache_hit=False)
     assert counter.count == 2 and [what["src"] for what in told] == ["kernel", "other"]
+
+
+# --- the processes that fill Triton's cache ---
+
+
+@pytest.fixture
+def filling(tiny, tmp_path, monkeypatch):
+    """A fill by three processes that run `code` instead of compiling."""
+    description = describe(EngineConfig(model=str(tiny), device="cpu", kernels="torch"))
+    config = replace(description.config, kernels="triton", device="cuda:0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+    def fill(code: str, **changes) -> kernel_cache.CacheFill:
+        monkeypatch.setattr(kernel_cache, "_MAIN", code)
+        return kernel_cache.CacheFill(
+            replace(config, **changes), description.model_config, Mesh(tp_size=2)
+        )
+
+    return fill
+
+
+COUNTING = "import json, sys; [print('k') for _ in range(json.load(sys.stdin)['job'] + 1)]"
+
+
+def test_kernels_are_told_as_they_come_and_a_full_cache_is_left_alone(filling):
+    for code, changes, expected in (
+        (COUNTING, {}, 1 + 2 + 3),
+        ("exit(3)", {}, 0),  # nobody is started
+        (COUNTING, {"max_num_seqs": 7}, 6),
+    ):
+        beats = []
+        with filling(code, **changes) as fill:
+            fill.wait(lambda told=beats: told.append(1), shows_bar=False)
+        assert len(beats) == expected
+
+
+def test_a_process_that_fails_is_told_and_nothing_is_stamped(filling):
+    for _ in range(2):
+        with filling("exit(3)") as fill, pytest.raises(RuntimeError, match=r"\[3, 3, 3\]"):
+            fill.wait(lambda: None, shows_bar=False)
+
+
+def test_no_process_stays_when_loading_fails(filling):
+    with pytest.raises(ValueError, match="weights"), filling("import time; time.sleep(60)") as fill:
+        raise ValueError("weights")
+    assert [process.returncode for process in fill._processes] == [-9] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_processes_share_the_kernels_and_compile_them(filling, tmp_path):
+    """Two kernels of many; launchers cannot be built without a driver."""
+    code = (
+        "from ernie_engine.model import kernel_cache as k; k.CudaLauncher = lambda *a: None;"
+        "import json, sys, io; t = json.load(sys.stdin); t['jobs'] = 105;"
+        "sys.stdin = io.StringIO(json.dumps(t)); k.main()"
+    )
+    beats = []
+    with filling(code) as fill:
+        fill.wait(lambda: beats.append(1), shows_bar=False)
+    assert 0 < len(beats) == len(list(tmp_path.rglob("*.cubin"))) <= 3
