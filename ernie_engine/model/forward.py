@@ -32,6 +32,9 @@ class Forward:
     state: Slots
     kv: KVCache
 
+    def __post_init__(self) -> None:
+        self.state.park_spare(self.kv.scratch_block)
+
     @torch.inference_mode()
     def __call__(
         self, slots: Tensor, counts: Tensor, shape: StepShape, stream: Tensor | None

@@ -37,14 +37,14 @@ class GraphMaker:
     def __init__(
         self, forward: Forward, shapes: GraphShapes, recorder: Recorder, stream: Tensor | None
     ):
-        self._forward, self._shapes, self._stream = forward, shapes, stream
+        self.shapes, self._forward, self._stream = shapes, forward, stream
         self._recorder = recorder
         self.num_exact = 0  # whose replay had the bits of the eager run
 
     def make_all(self, alive: Callable[[], None], shows_bar: bool) -> StepGraphs:
         """RuntimeError if a replay differs. `alive` is called between two."""
-        graphs = StepGraphs(self._shapes)
-        bar = tqdm(self._shapes.largest_first, desc="graphs", unit="graph", disable=not shows_bar)
+        graphs = StepGraphs(self.shapes)
+        bar = tqdm(self.shapes.largest_first, desc="graphs", unit="graph", disable=not shows_bar)
         for shape in bar:
             graphs.add(self.make(shape))
             alive()
@@ -97,13 +97,14 @@ def compare(found: Tensor, expected: Tensor, shape: StepShape) -> bool:
     return False
 
 
-def bytes_of_graphs(maker: GraphMaker, shapes: GraphShapes, hidden_bytes: int) -> int:
+def bytes_of_graphs(maker: GraphMaker, hidden_bytes: int) -> int:
     """The GPU memory that all graphs will take; hidden_bytes: of one token's hidden stream.
 
     The two that make the pool as large as it gets are recorded and measured, and dropped. Of each
     other there are the hidden stream that it gives and what the driver keeps.
     """
-    largest, others = shapes.largest_first[:2], shapes.largest_first[2:]
+    largest = maker.shapes.largest_first[:2]
+    others = maker.shapes.largest_first[2:]
     before = free_memory()
     made = [maker.make(shape, checked=False) for shape in largest]
     measured = before - free_memory()

@@ -18,7 +18,7 @@ Row = tuple[int, int]  # tokens computed before, query tokens
 # Sizes that stand for all: kernels differ from one bucket of a launch table to the next, and every
 # bucket has one of these. A test compares them with the tables.
 SIZES = sorted({*range(1, 10), *(s for k in range(4, 18) for s in (2**k, 2**k + 1, 3 * 2**k // 2))})
-SHORT_CONTEXT, MAX_RECHECKED = 64, 2048
+SHORT_CONTEXT = 64
 
 
 def made_up_plan(
@@ -109,10 +109,12 @@ def compiling_plans(config: ResolvedConfig, num_blocks: int) -> Iterator[StepPla
     most_rows = min(config.max_num_seqs, budget)
     for size in sizes_up_to(most_rows):
         yield plan([(0, 1)] * size)
-    splits = (MIN_SPLIT_KEYS << i for i in range(1, 8))
+    splits = (MIN_SPLIT_KEYS << i for i in range(1, 6))
     prefixes = [0, *(keys for keys in splits if keys < longest)]
     for size in sizes_up_to(min(budget, most_rows * longest)):
-        for prefix in prefixes if size <= MAX_RECHECKED else prefixes[:1]:
+        # Fewest programs, and so most parts of a prefix, have the first sizes of a bucket.
+        is_first = size >= 2 and (size - 1) & (size - 2) == 0
+        for prefix in prefixes if is_first else prefixes[:1]:
             yield plan(_rows_of(size, prefix, longest))
 
 

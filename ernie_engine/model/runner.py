@@ -82,7 +82,6 @@ class ModelRunner:
         self.promises = Promises(pipe, state, max_steps_in_flight)
         self.clock = StageClock(state.device)
         self._launched: tuple[StepPlan, StepRows, Tensor] | None = None
-        state.park_spare(kv.scratch_block)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> None:

@@ -23,10 +23,12 @@ from ernie_engine.kernels.registry import Ops, asked_for, select
 from ernie_engine.model.checkpoint import Checkpoint
 from ernie_engine.model.compilations import compile_counter
 from ernie_engine.model.ernie import Ernie
+from ernie_engine.model.forward import Forward
 from ernie_engine.model.graphs import (
     NO_GRAPHS,
     CudaRecorder,
     GraphShapes,
+    Recorder,
     StepGraphs,
     graph_shapes,
     obstacle,
@@ -122,11 +124,11 @@ def open_model(
     layers = deal_layers(model_config, place.mesh.pp_size)[place.mesh.pp_rank]
     shows_bar = place.mesh.pp_rank == place.mesh.tp_rank == 0
     compiles = device.type == "cuda" and "triton" in ops.implementations().values()
+    model = Ernie(model_config, ops, place, config.max_model_len, layers)
     with ExitStack() as stack:
         cache_fill = None
         if compiles and description.world.local_rank == 0:
             cache_fill = stack.enter_context(CacheFill(config, model_config, place.mesh))
-        model = Ernie(model_config, ops, place, config.max_model_len, layers)
         _fill(model, description, place.mesh, alive)
         if cache_fill is not None:
             cache_fill.wait(partial(alive, State.COMPILING), shows_bar)
@@ -146,32 +148,35 @@ def open_model(
         pipe = Pipe(place, model_config.hidden_size, depth)
         return ModelRunner(model, ops, slots, kv, pipe, depth, config.debug, graphs)
 
+    recorder, shapes = _recorder_for(config, ops), graph_shapes(config)
+    stream = None if recorder is None else _made_up_stream(shapes, place, model_config.hidden_size)
+
+    def maker_with(kv: KVCache) -> GraphMaker | None:
+        if recorder is None:
+            return None
+        return GraphMaker(Forward(model, slots, kv), shapes, recorder, stream)
+
     alive(State.COMPILING)  # the first step compiles kernels
-    shapes = _shapes_to_record(config, ops)
-    stream = _made_up_stream(shapes, place, model_config.hidden_size)
-    budget, for_graphs, why = _kv_bytes(config, geometry, runner_with, shapes, stream)
+    budget, for_graphs, why = _kv_bytes(config, geometry, runner_with, maker_with)
     num_blocks = agree(geometry.blocks_in(budget))
     _tell_blocks(config, geometry, num_blocks, budget, why)
-    kv = KVCache(geometry, num_blocks, device)
+    kv, graphs = KVCache(geometry, num_blocks, device), NO_GRAPHS
     if compiles:
         _compile_kernels(config, runner_with(kv), alive, shows_bar)
-    graphs = NO_GRAPHS
-    if shapes is not NO_GRAPHS.shapes:
-        maker = GraphMaker(runner_with(kv).forward, shapes, CudaRecorder(), stream)
-        on_graph = partial(alive, State.COMPILING)
-        graphs = make_graphs(maker, for_graphs, on_graph, shows_bar)
+    if (maker := maker_with(kv)) is not None:
+        graphs = make_graphs(maker, for_graphs, partial(alive, State.COMPILING), shows_bar)
     runner = runner_with(kv, graphs)
     took = time.monotonic() - started
     logger.info("the model is ready after %.1f s, with %d kernels", took, counter.count)
     return runner
 
 
-def _shapes_to_record(config: ResolvedConfig, ops: Ops) -> GraphShapes:
+def _recorder_for(config: ResolvedConfig, ops: Ops) -> Recorder | None:
     why_not = obstacle(config, ops)
-    if why_not is None:
-        return graph_shapes(config)
-    logger.info("no CUDA graphs: %s", why_not)
-    return NO_GRAPHS.shapes
+    if why_not is not None:
+        logger.info("no CUDA graphs: %s", why_not)
+        return None
+    return CudaRecorder()
 
 
 def _made_up_stream(shapes: GraphShapes, place: Placement, hidden_size: int) -> Tensor | None:
@@ -231,14 +236,13 @@ def _kv_bytes(
     config: ResolvedConfig,
     geometry: KVGeometry,
     runner_with: Callable[[KVCache], ModelRunner],
-    shapes: GraphShapes,
-    stream: Tensor | None,
+    maker_with: Callable[[KVCache], GraphMaker | None],
 ) -> tuple[int, int, str]:
     """The memory for K/V blocks, what was set aside for graphs, and why so much."""
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes, 0, "kv_cache_memory_bytes"
     if config.device.startswith("cuda"):
-        return _measure_free_memory(config, geometry, runner_with, shapes, stream)
+        return _measure_free_memory(config, geometry, runner_with, maker_with)
     one = geometry.blocks_for(config.max_model_len) * geometry.bytes_per_block
     why = "the CPU default: 4 GiB, but from 1 to max_num_seqs requests of full length"
     return max(one, min(CPU_KV_BYTES, config.max_num_seqs * one)), 0, why
@@ -268,13 +272,13 @@ def _measure_free_memory(
     config: ResolvedConfig,
     geometry: KVGeometry,
     runner_with: Callable[[KVCache], ModelRunner],
-    shapes: GraphShapes,
-    stream: Tensor | None,
+    maker_with: Callable[[KVCache], GraphMaker | None],
 ) -> tuple[int, int, str]:
     """What gpu_memory_utilization leaves after the largest step the engine can be asked for, and
     the graphs. With several ranks all take that step together."""
     device = torch.device(config.device)
-    runner = runner_with(KVCache(geometry, 1, device))
+    kv = KVCache(geometry, 1, device)
+    runner = runner_with(kv)
     torch.cuda.reset_peak_memory_stats(device)
     plan = largest_plan(config)
     rehearse(runner, plan)
@@ -282,11 +286,9 @@ def _measure_free_memory(
     peak = torch.cuda.max_memory_allocated(device)
     peak += runner.pipe.most_bytes(sum(plan.num_tokens))
     for_graphs = 0
-    if shapes is not NO_GRAPHS.shapes:
-        maker = GraphMaker(runner.forward, shapes, CudaRecorder(), stream)
-        for_graphs = bytes_of_graphs(maker, shapes, runner.pipe.bytes_per_token)
-        del maker
-    del runner
+    if (maker := maker_with(kv)) is not None:
+        for_graphs = bytes_of_graphs(maker, runner.pipe.bytes_per_token)
+    del runner, maker, kv
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     others = total - free - torch.cuda.memory_reserved(device)

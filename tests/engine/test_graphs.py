@@ -24,7 +24,8 @@ ON_GPU = not knobs.runtime.interpret
 DEVICE, KERNELS = ("cuda", "triton") if ON_GPU else ("cpu", "torch")
 BLOCK_BYTES = 16 * 2 * 4 * 2 * 16 * 4  # of the tiny checkpoint: 4 layers, 2 heads of 16, fp32
 
-pytestmark = [pytest.mark.gpu] if ON_GPU else []
+# On a GPU each engine compiles, and asks for, all of its kernels.
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)] if ON_GPU else []
 
 
 @pytest.fixture(autouse=True)
@@ -159,7 +160,6 @@ def forgotten():
 
 
 @gpu
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("eager", [False, True])
 def test_nothing_is_compiled_once_it_serves(tiny, forgotten, eager):
     rng, start = random.Random(2), compile_counter().count
@@ -197,7 +197,6 @@ def _variety(rng: random.Random, count: int) -> list[SamplingParams]:
 
 
 @gpu
-@pytest.mark.timeout(900)
 def test_all_that_serves_was_compiled_by_other_processes(tiny, forgotten, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     hits = []

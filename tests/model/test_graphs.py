@@ -303,7 +303,7 @@ def test_the_bytes_of_graphs_are_two_measured_ones_and_an_estimate_of_the_others
 ):
     maker, free = maker_of(runner, Rerun()), iter([1000 << 20, 900 << 20])
     monkeypatch.setattr(recording, "free_memory", lambda: next(free))
-    found = recording.bytes_of_graphs(maker, maker._shapes, hidden_bytes=128)
+    found = recording.bytes_of_graphs(maker, hidden_bytes=128)
     assert found == (100 << 20) + 2 * recording.GRAPH_BYTES + (1 + 16) * 128
 
 

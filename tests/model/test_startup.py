@@ -9,7 +9,6 @@ from ernie_engine.engine.plan import NO_LOGPROBS
 from ernie_engine.engine_config import EngineConfig, ResolvedConfig
 from ernie_engine.kernels.decode_attention import MAX_GATHERED_TOKENS
 from ernie_engine.model import startup
-from ernie_engine.model.graphs import NO_GRAPHS
 from ernie_engine.model.kv_cache import KVCache, KVGeometry
 from ernie_engine.model.rehearsal import largest_plan, release_plan
 from ernie_engine.model.runner import PROMPT_LOGITS_CHUNK
@@ -154,7 +153,7 @@ def test_the_cache_gets_what_the_measured_step_and_others_leave(tiny, monkeypatc
     }
     for name, value in numbers.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    parts = description.config, runner.kv.geometry, lambda kv: runner, NO_GRAPHS.shapes, None
+    parts = description.config, runner.kv.geometry, lambda kv: runner, lambda kv: None
     assert startup._measure_free_memory(*parts)[0] == (60 - 20 - 4) * gib
     assert not runner.state.specs
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 70 * gib)
