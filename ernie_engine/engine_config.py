@@ -31,6 +31,7 @@ class EngineConfig:
     device: str = "auto"  # "cpu", "cuda" (the first), "cuda:N"; auto: a GPU if there is one
     load_format: str = "auto"  # auto: safetensors; dummy: random weights, for speed only
     kernels: str = dataclasses.field(default="auto", metadata={"help": KERNELS_HELP})
+    enforce_eager: bool = False  # no CUDA graphs: each step launches its kernels one by one
     log_kernels: bool = False  # count each op's calls and print them at the end
     max_model_len: int | None = None  # prompt and answer; None: the model's
     max_num_seqs: int = 256  # requests running at once

@@ -18,6 +18,7 @@ from ernie_engine.engine.phases import Phases
 from ernie_engine.engine.ranks import gather_ranks
 from ernie_engine.engine.scheduler import Limits, Scheduler
 from ernie_engine.engine_config import ResolvedConfig
+from ernie_engine.model.compilations import compile_counter
 from ernie_engine.model.startup import Description, describe
 from ernie_engine.text.generation import load_generation_defaults, stop_token_ids
 from ernie_engine.text.templates import load_chat_template
@@ -37,6 +38,7 @@ class EngineCore:
         self.phases = Phases()
         self.ranks, runner = gather_ranks(description, self.phases)
         self.num_kv_blocks, self.ops = runner.kv.num_blocks, runner.ops
+        self.num_graphs, self._compilations = len(runner.graphs), compile_counter()
         self._calls_untold = self.config.log_kernels
         limits = Limits(
             max_num_seqs=self.config.max_num_seqs,
@@ -52,6 +54,11 @@ class EngineCore:
         self.loop = EngineLoop(self.scheduler, self.ranks, depth, self.phases)
         self.ranks.on_failure(self.loop.fail)
         self.is_held = False  # a thread hangs in a step and will not end
+
+    @property
+    def num_compilations(self) -> int:
+        """Kernels that this process has taken up: once it serves, no more should come."""
+        return self._compilations.count
 
     def close(self) -> None:
         """End open requests (finish_reason "abort"), the loop and the other ranks. Twice does no

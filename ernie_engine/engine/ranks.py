@@ -8,6 +8,7 @@ import logging
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,7 @@ from ernie_engine.engine.loop import EngineDeadError
 from ernie_engine.engine.phases import Phases
 from ernie_engine.engine.rank import SelfReport, facts_of
 from ernie_engine.engine.stage import PendingFrame, Runner, Stage
+from ernie_engine.model.graphs import NO_GRAPHS
 from ernie_engine.model.runner import ModelRunner
 from ernie_engine.model.startup import Description, open_model
 from ernie_engine.parallel.connect import (
@@ -91,6 +93,7 @@ class Fleet:
         )
         self._hub.on_failure = self._leave_if_held
         self._mesh: Mesh | None = None
+        self._graphs = NO_GRAPHS
         self._parting = threading.Lock()  # the hub's thread and the caller may both end the groups
         try:
             if hosted is not None:
@@ -104,16 +107,19 @@ class Fleet:
             if failure is error:
                 raise
             raise failure from error
-        except BaseException:  # Ctrl-C, or SIGTERM of the server
+        except BaseException as end:  # Ctrl-C, or SIGTERM of the server
+            traceback.clear_frames(end.__traceback__)
             self._give_up(EngineDeadError("rank 0 was told to end while it started"))
             raise
         self._is_open.set()
         self.runner, self.stage = runner, Stage(runner, config.debug, phases)
+        self._graphs = runner.graphs
         self._report.attach(self._mesh, self.stage, runner)
 
     def _give_up(self, error: Exception) -> Exception:
         """End the others, and what was begun with them; the cause."""
         failure = self._hub.explain(error)
+        traceback.clear_frames(error.__traceback__)  # they may hold graphs: see StepGraphs.drop()
         self._is_open.set()
         self.close()
         return failure
@@ -144,6 +150,7 @@ class Fleet:
             if self._children is not None:
                 self._children.wait(FAREWELL_SECONDS)  # a step that waits for one ends with it
             with self._parting:
+                self._graphs.drop()
                 if self._mesh is not None:
                     abort(self._mesh)
 
@@ -154,6 +161,7 @@ class Fleet:
     def close(self, is_held: bool = False) -> None:
         """End the other ranks, after the steps they have. Twice does no harm. `is_held`: a thread
         of this process waits in one of the groups for ever, so they cannot be ended."""
+        self._graphs.drop()
         self._hub.stop()
         with self._parting:
             if self._mesh is not None and not is_held:

@@ -71,6 +71,7 @@ def serve_rank(description: Description) -> None:
             logger.debug("rank %d failed", world.rank, exc_info=error)
             spoke.fail(error)
         spoke.leave()
+        runner.graphs.drop()
         disconnect(mesh)
         spoke.close()
 

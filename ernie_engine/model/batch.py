@@ -1,10 +1,11 @@
-"""ForwardBatch: the device tensors of one step, built from a plan and the slots.
+"""ForwardBatch: the device tensors of one step, built from its rows and the slots.
 
 Positions, input ids and cache slots are computed on the device from per-slot state, so that a
-token drawn by the step before need not come to the CPU first. Owns no state.
+token drawn by the step before need not come to the CPU first. What the host must know is a
+StepShape; all else is a function of two small tensors, so that a graph can hold it. Owns no state.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,11 +13,38 @@ import torch
 from torch import Tensor
 
 from ernie_engine.engine.plan import StepPlan
-from ernie_engine.model.slots import Slots, to_device
+from ernie_engine.model.slots import Slots
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """The sizes of a step, equal on all ranks.
+
+    `num_rows` rows have `num_tokens` query tokens. The first `num_decodes` have one each and an
+    attention kernel of their own; no other has more than `longest`. No context takes more than
+    `most_blocks` blocks.
+    """
+
+    num_rows: int
+    num_tokens: int
+    num_decodes: int
+    longest: int
+    most_blocks: int
+
+
+def shape_of(plan: StepPlan, num_blocks: Mapping[int, int]) -> StepShape:
+    """The plan's own shape; num_blocks: slot -> blocks, the plan's among them."""
+    return StepShape(
+        num_rows=len(plan.slots),
+        num_tokens=sum(plan.num_tokens),
+        num_decodes=sum(n == 1 for n in plan.num_tokens),
+        longest=max(plan.num_tokens),
+        most_blocks=max(num_blocks[slot] for slot in plan.slots),
+    )
 
 
 class AttentionRows(NamedTuple):
-    """Rows for one attention call: see kernels/attention.py for the shapes."""
+    """Rows for one attention call: see kernels/prefill_attention.py for the shapes."""
 
     block_tables: Tensor  # [R, M] int32
     query_start: Tensor  # [R + 1] int32
@@ -26,7 +54,7 @@ class AttentionRows(NamedTuple):
 
 @dataclass(frozen=True)
 class ForwardBatch:
-    """T tokens of R rows, rows of one query token first.
+    """T tokens of R rows.
 
     slots [R]; input_ids, positions, cache_slots [T] int64; the first `num_decode_tokens` tokens
     belong to `decode`, the others to `prefill` (None where there are none).
@@ -34,7 +62,6 @@ class ForwardBatch:
 
     slots: Tensor
     row_ends: Tensor  # [R] int64: the row's last token in the batch
-    row_starts: Tensor  # [R] int64: its first
     input_ids: Tensor
     positions: Tensor
     cache_slots: Tensor
@@ -43,41 +70,39 @@ class ForwardBatch:
     prefill: AttentionRows | None
 
 
-def build_batch(plan: StepPlan, state: Slots) -> ForwardBatch:
-    """The step's batch; state must hold the plan's deltas already. Advances the lengths."""
-    num_rows, total = len(plan.slots), sum(plan.num_tokens)
-    columns = [list(plan.slots), list(plan.num_tokens)]
-    slots, counts = to_device(columns, torch.int64, state.device)
-    ends = counts.cumsum(0)
-    starts = ends - counts
-
-    row = torch.arange(num_rows, device=state.device)
-    row = row.repeat_interleave(counts, output_size=total)  # [T]: the token's row
-    offset = torch.arange(total, device=state.device) - starts[row]
-    slot = slots[row]
-    positions = state.num_computed[slot] + offset
-    state.advance(slots, counts)
-
-    num_decodes = sum(n == 1 for n in plan.num_tokens)
-    most_blocks = max(state.num_blocks[slot] for slot in plan.slots)
-    tables = state.block_tables[slots, :most_blocks]
-    context_lens = state.num_computed[slots].int()
+def build_batch(slots: Tensor, counts: Tensor, shape: StepShape, state: Slots) -> ForwardBatch:
+    """The batch of rows with `counts` query tokens of `slots`, both [R] int64; state must hold the
+    plan's deltas already. Advances the lengths. Never waits for the device."""
+    num_decodes, device = shape.num_decodes, state.device
+    computed = state.num_computed[slots]
+    context_lens = computed + counts
+    state.advance_to(slots, context_lens)
+    place = torch.arange(shape.num_tokens, device=device)
+    if num_decodes == shape.num_rows:  # a token a row: there is nothing to count
+        starts, ends, slot, positions = place, place + 1, slots, computed
+    else:
+        ends = counts.cumsum(0)
+        starts = ends - counts
+        row = torch.arange(shape.num_rows, device=device)
+        row = row.repeat_interleave(counts, output_size=shape.num_tokens)  # [T]: the token's row
+        slot, positions = slots[row], (computed - starts)[row] + place
+    tables = state.block_tables[slots, : shape.most_blocks]
     block = state.block_tables[slot, positions // state.block_size].long()
 
-    def rows(first: int, last: int, lens: Sequence[int]) -> AttentionRows | None:
+    def rows(first: int, last: int, longest: int) -> AttentionRows | None:
         if first == last:
             return None
         bounds = torch.cat([starts[first : first + 1], ends[first:last]]) - starts[first]
-        return AttentionRows(tables[first:last], bounds.int(), context_lens[first:last], max(lens))
+        lens = context_lens[first:last].int()
+        return AttentionRows(tables[first:last], bounds.int(), lens, longest)
 
     return ForwardBatch(
         slots=slots,
         row_ends=ends - 1,
-        row_starts=starts,
         input_ids=state.history[slot, positions].long(),
         positions=positions,
         cache_slots=block * state.block_size + positions % state.block_size,
         num_decode_tokens=num_decodes,
-        decode=rows(0, num_decodes, (1,)),
-        prefill=rows(num_decodes, num_rows, plan.num_tokens[num_decodes:]),
+        decode=rows(0, num_decodes, 1),
+        prefill=rows(num_decodes, shape.num_rows, shape.longest),
     )

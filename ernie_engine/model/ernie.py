@@ -119,6 +119,7 @@ class Ernie(nn.Module):
     ):
         super().__init__()
         self.ops, self.tied, self.pulse = ops, config.tie_word_embeddings, place.mesh.pulse
+        self.vocab_size = config.vocab_size
         self.layer_ids = layers = range(config.num_hidden_layers) if layers is None else layers
         first, last = layers.start == 0, layers.stop == config.num_hidden_layers
         rope = rope_table(max_model_len, config.head_dim, config.rope_theta, place.device)

@@ -35,15 +35,17 @@ class KVGeometry:
 
 
 class KVCache:
-    """K and V of `num_blocks` blocks for every layer, [num_blocks, block_size, Hkv, D] each.
+    """K and V of `num_blocks` blocks for every layer, [num_blocks + 1, block_size, Hkv, D] each.
 
-    Zeroed: a padded read of a slot that nothing has written yet must be finite.
+    The last, `scratch_block`, is never anybody's: padding rows write there. Zeroed: a padded read
+    of a slot that nothing has written yet must be finite.
     """
 
     def __init__(self, geometry: KVGeometry, num_blocks: int, device: torch.device):
         self.geometry, self.num_blocks = geometry, num_blocks
+        self.scratch_block = num_blocks
         g = geometry
-        shape = (g.num_layers, 2, num_blocks, g.block_size, g.num_kv_heads, g.head_dim)
+        shape = (g.num_layers, 2, num_blocks + 1, g.block_size, g.num_kv_heads, g.head_dim)
         self._data = torch.zeros(shape, dtype=g.dtype, device=device)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""StepPlan -> ForwardBatch -> model -> sampler -> StepResult, on one rank's device.
+"""StepPlan -> forward pass, eager or replayed -> sampler -> StepResult, on one rank's device.
 
 Owns the device state. Knows no queue and decides nothing: it runs plans in the order given.
 launch() and sample() are two calls, so that what a row's sampling waits for never holds the
@@ -19,8 +19,10 @@ from ernie_engine.engine.plan import (
     TokenLogprobs,
 )
 from ernie_engine.kernels.registry import Ops
-from ernie_engine.model.batch import ForwardBatch, build_batch
+from ernie_engine.model.batch import shape_of
 from ernie_engine.model.ernie import Ernie
+from ernie_engine.model.forward import Forward, StepRows
+from ernie_engine.model.graphs import NO_GRAPHS, StepGraphs
 from ernie_engine.model.kv_cache import KVCache
 from ernie_engine.model.promises import Promises
 from ernie_engine.model.sampler import LogprobTensors, Sampler
@@ -71,13 +73,15 @@ class ModelRunner:
         pipe: Pipe,
         max_steps_in_flight: int = 1,
         debug: bool = False,
+        graphs: StepGraphs = NO_GRAPHS,
     ):
         self.model, self.ops, self.state, self.kv, self.pipe = model, ops, state, kv, pipe
-        self.mesh, self.debug = pipe.mesh, debug
+        self.mesh, self.debug, self.graphs = pipe.mesh, debug, graphs
+        self.forward = Forward(model, state, kv)
         self.sampler = Sampler(ops, state)
         self.promises = Promises(pipe, state, max_steps_in_flight)
         self.clock = StageClock(state.device)
-        self._launched: tuple[StepPlan, ForwardBatch, Tensor] | None = None
+        self._launched: tuple[StepPlan, StepRows, Tensor] | None = None
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> None:
@@ -87,39 +91,49 @@ class ModelRunner:
         self.promises.drop(plan.freed)
         self.state.apply(plan)
         self.promises.keep(plan.slots)
-        batch = build_batch(plan, self.state)
-        stream = self.pipe.receive_stream(len(batch.input_ids))
+        shape = shape_of(plan, self.state.num_blocks)
+        stream = self.pipe.receive_stream(shape.num_tokens)
         self.clock.start()
-        hidden = self.model(batch, self.kv, stream)
+        graph = self.graphs.find(shape)
+        if graph is not None:
+            rows, hidden = graph.replay(plan.slots, plan.num_tokens, stream)
+            if not self.mesh.is_last_stage:
+                hidden = hidden.clone()  # the next replay may come before this is sent
+        else:
+            columns = [list(plan.slots), list(plan.num_tokens)]
+            slots, counts = to_device(columns, torch.int64, self.state.device)
+            rows, hidden = self.forward(slots, counts, shape, stream)
         self.pipe.send_stream(hidden)
-        self._launched = plan, batch, hidden
+        self._launched = plan, rows, hidden
 
     @torch.inference_mode()
     def sample(self, part: SamplingPart) -> PendingResult | None:
         """Draw from the step just launched and start the copy of the answer to the host; None if
         another rank tells the answer."""
         assert self._launched is not None, "sample() follows launch()"
-        plan, batch, hidden = self._launched
+        plan, where, hidden = self._launched
         self._launched = None
         result = None
         if self.mesh.is_last_stage:
-            result = self._answer(plan, part, batch, hidden)
+            result = self._answer(plan, part, where, hidden)
         elif self.mesh.is_first_stage and part.rows:
             at = to_device(list(part.rows), torch.int64, hidden.device)
-            self.promises.expect([plan.slots[row] for row in part.rows], batch.slots[at])
+            self.promises.expect([plan.slots[row] for row in part.rows], where.slots[at])
         self.clock.stop()
         return result
 
     def _answer(
-        self, plan: StepPlan, part: SamplingPart, batch: ForwardBatch, hidden: Tensor
+        self, plan: StepPlan, part: SamplingPart, where: StepRows, hidden: Tensor
     ) -> PendingResult | None:
         tokens, logprobs = torch.empty(0, dtype=torch.int64), None
         slot_ids = [plan.slots[row] for row in part.rows]
         wanted = [self.state.specs[slot].num_logprobs for slot in slot_ids]
         if part.rows:
-            tokens, logprobs = self._draw(part.rows, slot_ids, wanted, batch, hidden)
+            tokens, logprobs = self._draw(
+                part.rows, slot_ids, wanted, plan.num_tokens, where, hidden
+            )
         prompt = [
-            self._score_prompt(plan.slots[row], row, offset, count, plan, batch, hidden)
+            self._score_prompt(plan.slots[row], row, offset, count, plan, where, hidden)
             for row, offset, count in zip(
                 part.prompt_rows, part.prompt_offsets, part.prompt_counts, strict=True
             )
@@ -137,10 +151,11 @@ class ModelRunner:
         rows: Sequence[int],
         slot_ids: Sequence[int],
         wanted: Sequence[int],
-        batch: ForwardBatch,
+        counts: Sequence[int],
+        where: StepRows,
         hidden: Tensor,
     ) -> tuple[Tensor, LogprobTensors | None]:
-        slots, last = _last_tokens(rows, batch, hidden)
+        slots, last = _last_tokens(rows, counts, where, hidden)
         logits = self.model.logits(last)
         positions = self.state.next_positions(slots)
         tokens = self.sampler.draw(logits, slot_ids, slots, positions)
@@ -165,7 +180,7 @@ class ModelRunner:
         offset: int,
         count: int,
         plan: StepPlan,
-        batch: ForwardBatch,
+        where: StepRows,
         hidden: Tensor,
     ) -> tuple[int, list[LogprobTensors]]:
         """Log-probabilities of the prompt tokens after `count` of the row's query tokens."""
@@ -174,19 +189,22 @@ class ModelRunner:
         chunks = []
         for start in range(first, first + count, PROMPT_LOGITS_CHUNK):
             span = slice(start, min(start + PROMPT_LOGITS_CHUNK, first + count))
-            following = self.state.history[slot, batch.positions[span] + 1].long()
+            following = self.state.history[slot, where.positions[span] + 1].long()
             scores = self.sampler.logprobs(self.model.logits(hidden[span]), following, num_top)
             chunks.append(LogprobTensors(*map(_to_host, scores)))
         return num_top, chunks
 
 
-def _last_tokens(rows: Sequence[int], batch: ForwardBatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """The slots [R] of some of the batch's rows, and the hidden states [R, H] of their last
-    tokens. Rows of one token that stand first, as when all decode, need no index from the host."""
-    if len(rows) <= batch.num_decode_tokens and list(rows) == list(range(len(rows))):
-        return batch.slots[: len(rows)], hidden[: len(rows)]
+def _last_tokens(
+    rows: Sequence[int], counts: Sequence[int], where: StepRows, hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The slots [R] of some of the step's rows, and the hidden states [R, H] of their last tokens;
+    `counts` are the tokens of every row. The first rows, as long as they have one token each, as
+    when all decode, need no index from the host."""
+    if list(rows) == list(range(len(rows))) and all(n == 1 for n in counts[: len(rows)]):
+        return where.slots[: len(rows)], hidden[: len(rows)]
     at = to_device(list(rows), torch.int64, hidden.device)
-    return batch.slots[at], hidden[batch.row_ends[at]]
+    return where.slots[at], hidden[where.row_ends[at]]
 
 
 def _to_host(x: Tensor) -> Tensor:

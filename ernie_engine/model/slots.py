@@ -16,17 +16,22 @@ FLOATS = ("temperature", "top_p", "min_p", *PENALTIES)
 INTS = ("top_k", "seed", "min_tokens")
 
 
-def to_device(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A host list as a device tensor; from pinned memory, so that a GPU is not waited for."""
+def host_tensor(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A host list as a host tensor; if `device` is a GPU, one that it fetches by itself."""
     host = torch.tensor(values, dtype=dtype)
-    if device.type == "cuda":
-        return host.pin_memory().to(device, non_blocking=True)
-    return host.to(device)
+    return host.pin_memory() if device.type == "cuda" else host
+
+
+def to_device(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A host list as a device tensor, without waiting for a GPU."""
+    return host_tensor(values, dtype, device).to(device, non_blocking=True)
 
 
 class Slots:
-    """Per-slot device state for S = max_num_seqs slots of up to `max_model_len` tokens.
+    """Per-slot device state for S = max_num_seqs + 1 slots of up to `max_model_len` tokens.
 
+    No request ever has the last, `spare`: padding rows of a step belong to it. It has computed
+    nothing, always, and its tokens are zeros.
     history [S, max_model_len] int32: the prompt, then each token as the sampler drew it.
     num_computed, prompt_lens [S] int64; block_tables [S, blocks of a full length] int32;
     floats [S, len(FLOATS)] fp32 and ints [S, len(INTS)] int64: the sampling values.
@@ -34,20 +39,25 @@ class Slots:
 
     def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, device):
         self.device, self.block_size = torch.device(device), block_size
+        self.spare, num_slots = max_num_seqs, max_num_seqs + 1
         most_blocks = -(-max_model_len // block_size)
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.history = zeros(max_num_seqs, max_model_len, dtype=torch.int32)
-        self.num_computed = zeros(max_num_seqs, dtype=torch.int64)
-        self.prompt_lens = zeros(max_num_seqs, dtype=torch.int64)
-        self.block_tables = zeros(max_num_seqs, most_blocks, dtype=torch.int32)
-        self.floats = zeros(max_num_seqs, len(FLOATS), dtype=torch.float32)
-        self.ints = zeros(max_num_seqs, len(INTS), dtype=torch.int64)
+        self.history = zeros(num_slots, max_model_len, dtype=torch.int32)
+        self.num_computed = zeros(num_slots, dtype=torch.int64)
+        self.prompt_lens = zeros(num_slots, dtype=torch.int64)
+        self.block_tables = zeros(num_slots, most_blocks, dtype=torch.int32)
+        self.floats = zeros(num_slots, len(FLOATS), dtype=torch.float32)
+        self.ints = zeros(num_slots, len(INTS), dtype=torch.int64)
         self.specs: dict[int, SamplingSpec] = {}
         self.host_prompt_lens: dict[int, int] = {}
         self.num_blocks: dict[int, int] = {}
+
+    def park_spare(self, block: int) -> None:
+        """Padding rows read and write this block, whatever their length."""
+        self.block_tables[self.spare].fill_(block)
 
     def apply(self, plan: StepPlan) -> None:
         """Bring the slots up to the plan, before its step reads them."""
@@ -87,9 +97,11 @@ class Slots:
         rows, cols, ids = to_device(entries, torch.int64, self.device)
         self.block_tables[rows, cols] = ids.int()
 
-    def advance(self, slots: Tensor, num_tokens: Tensor) -> None:
-        """The step that computes `num_tokens` more of each slot is launched."""
-        self.num_computed[slots] += num_tokens
+    def advance_to(self, slots: Tensor, num_computed: Tensor) -> None:
+        """The step after which each slot [R] has `num_computed` tokens is launched. The spare slot
+        may stand there more than once."""
+        self.num_computed[slots] = num_computed
+        self.num_computed[self.spare :].zero_()
 
     def next_positions(self, slots: Tensor) -> Tensor:
         """Where each slot's next token belongs [R] int64, once a step has computed all others."""

@@ -1,28 +1,43 @@
 """From a folder to a runner that is ready: configuration, weights, memory.
 
-Start-up values flow once: config resolved -> model filled -> memory measured -> K/V cache made.
-Owns that order and the arithmetic it prints. Runs no request.
+Start-up values flow once: config resolved -> model filled -> memory measured -> K/V cache made ->
+kernels asked for -> graphs recorded. Owns that order and the arithmetic it prints. Runs no request.
 """
 
 import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from ernie_engine.config import ModelConfig, Shapes
-from ernie_engine.engine.plan import NewSlot, SamplingPart, SamplingSpec, StepPlan
 from ernie_engine.engine_config import EngineConfig, ResolvedConfig
-from ernie_engine.kernels.decode_attention import MAX_GATHERED_TOKENS
 from ernie_engine.kernels.registry import Ops, asked_for, select
 from ernie_engine.model.checkpoint import Checkpoint
+from ernie_engine.model.compilations import compile_counter
 from ernie_engine.model.ernie import Ernie
+from ernie_engine.model.forward import Forward
+from ernie_engine.model.graphs import (
+    NO_GRAPHS,
+    CudaRecorder,
+    GraphShapes,
+    Recorder,
+    StepGraphs,
+    graph_shapes,
+    obstacle,
+)
+from ernie_engine.model.kernel_cache import CacheFill
 from ernie_engine.model.kv_cache import KVCache, KVGeometry
-from ernie_engine.model.runner import PROMPT_LOGITS_CHUNK, ModelRunner
+from ernie_engine.model.recording import GraphMaker, bytes_of_graphs, make_graphs
+from ernie_engine.model.rehearsal import compiling_plans, largest_plan, rehearse
+from ernie_engine.model.runner import ModelRunner
 from ernie_engine.model.slots import Slots
 from ernie_engine.model.weights import fill_dummy, load_weights
 from ernie_engine.parallel.health import State
@@ -93,10 +108,11 @@ def open_model(
 ) -> ModelRunner:
     """Load this rank's weights and take the memory. Raises ValueError for what cannot be served.
 
-    `agree` is told how many K/V blocks fit here and says how many there will be; `alive` is
-    told between parts of the work what this rank does, and may raise to give up.
+    `agree` is told a number by each rank and says to all which is the smallest: how many K/V blocks
+    there will be. `alive` is told between parts of the work what this rank does, and may raise to
+    give up.
     """
-    started = time.monotonic()
+    started, counter = time.monotonic(), compile_counter()
     config, model_config = description.config, description.model_config
     device = torch.device(config.device)
     if device.type == "cuda":
@@ -106,8 +122,18 @@ def open_model(
         ops = ops.counted()
     place = Placement(mesh or Mesh(), getattr(torch, config.dtype), device)
     layers = deal_layers(model_config, place.mesh.pp_size)[place.mesh.pp_rank]
+    shows_bar = place.mesh.pp_rank == place.mesh.tp_rank == 0
+    compiles = device.type == "cuda" and "triton" in ops.implementations().values()
     model = Ernie(model_config, ops, place, config.max_model_len, layers)
-    _fill(model, description, place.mesh, alive)
+    with ExitStack() as stack:
+        cache_fill = None
+        if compiles and description.world.local_rank == 0:
+            cache_fill = stack.enter_context(CacheFill(config, model_config, place.mesh))
+        _fill(model, description, place.mesh, alive)
+        if cache_fill is not None:
+            cache_fill.wait(partial(alive, State.COMPILING), shows_bar)
+    if compiles:
+        agree(0)  # on every host all is compiled
     geometry = KVGeometry(
         num_layers=len(layers),
         num_kv_heads=place.mesh.share_of_kv_heads(model_config.num_key_value_heads),
@@ -118,17 +144,63 @@ def open_model(
     slots = Slots(config.max_num_seqs, config.max_model_len, config.block_size, device)
     depth = config.max_steps_in_flight
 
-    def runner_with(kv: KVCache) -> ModelRunner:
+    def runner_with(kv: KVCache, graphs: StepGraphs = NO_GRAPHS) -> ModelRunner:
         pipe = Pipe(place, model_config.hidden_size, depth)
-        return ModelRunner(model, ops, slots, kv, pipe, depth, config.debug)
+        return ModelRunner(model, ops, slots, kv, pipe, depth, config.debug, graphs)
+
+    recorder, shapes = _recorder_for(config, ops), graph_shapes(config)
+    stream = None if recorder is None else _made_up_stream(shapes, place, model_config.hidden_size)
+
+    def maker_with(kv: KVCache) -> GraphMaker | None:
+        if recorder is None:
+            return None
+        return GraphMaker(Forward(model, slots, kv), shapes, recorder, stream)
 
     alive(State.COMPILING)  # the first step compiles kernels
-    budget, why = _kv_bytes(config, geometry, runner_with)
+    budget, for_graphs, why = _kv_bytes(config, geometry, runner_with, maker_with)
     num_blocks = agree(geometry.blocks_in(budget))
     _tell_blocks(config, geometry, num_blocks, budget, why)
-    runner = runner_with(KVCache(geometry, num_blocks, device))
-    logger.info("the model is ready after %.1f s", time.monotonic() - started)
+    kv, graphs = KVCache(geometry, num_blocks, device), NO_GRAPHS
+    if compiles:
+        _compile_kernels(config, runner_with(kv), alive, shows_bar)
+    if (maker := maker_with(kv)) is not None:
+        graphs = make_graphs(maker, for_graphs, partial(alive, State.COMPILING), shows_bar)
+    runner = runner_with(kv, graphs)
+    took = time.monotonic() - started
+    logger.info("the model is ready after %.1f s, with %d kernels", took, counter.count)
     return runner
+
+
+def _recorder_for(config: ResolvedConfig, ops: Ops) -> Recorder | None:
+    why_not = obstacle(config, ops)
+    if why_not is not None:
+        logger.info("no CUDA graphs: %s", why_not)
+        return None
+    return CudaRecorder()
+
+
+def _made_up_stream(shapes: GraphShapes, place: Placement, hidden_size: int) -> Tensor | None:
+    """Where a later stage's graphs take their input from [T, H]; equal on all ranks of a stage."""
+    if place.mesh.is_first_stage:
+        return None
+    num_tokens = max((shape.num_tokens for shape in shapes.largest_first), default=0)
+    generator = torch.Generator().manual_seed(0)
+    stream = torch.randn(num_tokens, hidden_size, generator=generator)
+    return stream.to(place.device, place.dtype)
+
+
+def _compile_kernels(
+    config: ResolvedConfig, runner: ModelRunner, alive: Callable[[State], None], shows_bar: bool
+) -> None:
+    """Ask for every kernel that requests can ask for, so that none of them waits for one."""
+    started, counter = time.monotonic(), compile_counter()
+    plans = list(compiling_plans(config, runner.kv.num_blocks))
+    for plan in tqdm(plans, desc="kernels", unit="step", disable=not shows_bar):
+        rehearse(runner, plan)
+        alive(State.COMPILING)
+    torch.cuda.synchronize()
+    took = time.monotonic() - started
+    logger.info("kernels: %d after %d steps in %.1f s", counter.count, len(plans), took)
 
 
 def tensors_of(model_config: ModelConfig, ops: Ops) -> Shapes:
@@ -161,16 +233,19 @@ def _fill(
 
 
 def _kv_bytes(
-    config: ResolvedConfig, geometry: KVGeometry, runner_with: Callable[[KVCache], ModelRunner]
-) -> tuple[int, str]:
-    """The memory for K/V blocks, and why so much."""
+    config: ResolvedConfig,
+    geometry: KVGeometry,
+    runner_with: Callable[[KVCache], ModelRunner],
+    maker_with: Callable[[KVCache], GraphMaker | None],
+) -> tuple[int, int, str]:
+    """The memory for K/V blocks, what was set aside for graphs, and why so much."""
     if config.kv_cache_memory_bytes is not None:
-        return config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
+        return config.kv_cache_memory_bytes, 0, "kv_cache_memory_bytes"
     if config.device.startswith("cuda"):
-        return _measure_free_memory(config, geometry, runner_with)
+        return _measure_free_memory(config, geometry, runner_with, maker_with)
     one = geometry.blocks_for(config.max_model_len) * geometry.bytes_per_block
     why = "the CPU default: 4 GiB, but from 1 to max_num_seqs requests of full length"
-    return max(one, min(CPU_KV_BYTES, config.max_num_seqs * one)), why
+    return max(one, min(CPU_KV_BYTES, config.max_num_seqs * one)), 0, why
 
 
 def _tell_blocks(
@@ -194,72 +269,32 @@ def _tell_blocks(
 
 
 def _measure_free_memory(
-    config: ResolvedConfig, geometry: KVGeometry, runner_with: Callable[[KVCache], ModelRunner]
-) -> tuple[int, str]:
-    """What gpu_memory_utilization leaves after the largest step the engine can be asked for.
-    With several ranks all take that step together."""
+    config: ResolvedConfig,
+    geometry: KVGeometry,
+    runner_with: Callable[[KVCache], ModelRunner],
+    maker_with: Callable[[KVCache], GraphMaker | None],
+) -> tuple[int, int, str]:
+    """What gpu_memory_utilization leaves after the largest step the engine can be asked for, and
+    the graphs. With several ranks all take that step together."""
     device = torch.device(config.device)
-    runner = runner_with(KVCache(geometry, 1, device))
+    kv = KVCache(geometry, 1, device)
+    runner = runner_with(kv)
     torch.cuda.reset_peak_memory_stats(device)
     plan = largest_plan(config)
-    runner.launch(plan)
-    runner.sample(plan.sampling)
+    rehearse(runner, plan)
     torch.cuda.synchronize(device)
-    runner.promises.drop(plan.slots)
-    runner.state.apply(_release_plan(plan))
     peak = torch.cuda.max_memory_allocated(device)
     peak += runner.pipe.most_bytes(sum(plan.num_tokens))
-    del runner
+    for_graphs = 0
+    if (maker := maker_with(kv)) is not None:
+        for_graphs = bytes_of_graphs(maker, runner.pipe.bytes_per_token)
+    del runner, maker, kv
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     others = total - free - torch.cuda.memory_reserved(device)
-    left = int(total * config.gpu_memory_utilization) - peak - others
+    left = int(total * config.gpu_memory_utilization) - peak - for_graphs - others
     why = (
         f"{config.gpu_memory_utilization} x {total / GIB:.1f} GiB - {peak / GIB:.1f} measured peak"
-        f" - {others / GIB:.1f} outside torch"
+        f" - {for_graphs / GIB:.2f} for CUDA graphs - {others / GIB:.1f} outside torch"
     )
-    return max(0, left), why
-
-
-def largest_plan(config: ResolvedConfig) -> StepPlan:
-    """A step with every slot and the whole token budget in use, and rows of full context.
-
-    All rows read the same block 0: what counts is the memory the step takes, not its answer.
-    """
-    budget, max_len = config.max_num_batched_tokens, config.max_model_len
-    num_rows = min(config.max_num_seqs, budget)
-    longest = max_len - 1  # the token drawn after it is the last that fits
-    num_last = min(budget - num_rows + 1, longest)
-    num_tokens = [1] * (num_rows - 1) + [num_last]
-    # As many rows of full context as one batch of the decode twin gathers; then short ones.
-    num_long = min(num_rows - 1, MAX_GATHERED_TOKENS // longest + 1)
-    num_short = num_rows - 1 - num_long
-    computed = [longest - 1] * num_long + [0] * num_short + [longest - num_last]
-    table_lens = [
-        -(-(c + n) // config.block_size) for c, n in zip(computed, num_tokens, strict=True)
-    ]
-    spec = SamplingSpec(
-        top_p=0.9,
-        top_k=50,
-        frequency_penalty=0.1,
-        num_logprobs=config.max_logprobs,
-        num_prompt_logprobs=config.max_logprobs,
-    )
-    num_scored = min(PROMPT_LOGITS_CHUNK, num_last - 1)
-    scoring = ([num_rows - 1], [0], [num_scored]) if num_scored else ((), (), ())
-    return StepPlan(
-        step_id=-1,
-        freed=(),
-        preempted=(),
-        new=[NewSlot(slot, (0,), spec) for slot in range(num_rows)],
-        starts=list(enumerate(computed)),
-        slots=range(num_rows),
-        num_tokens=num_tokens,
-        num_new_blocks=table_lens,
-        new_block_ids=[0] * sum(table_lens),
-        sampling=SamplingPart(range(num_rows), *scoring),
-    )
-
-
-def _release_plan(plan: StepPlan) -> StepPlan:
-    return StepPlan(plan.step_id, plan.slots, (), (), (), (), (), (), (), SamplingPart())
+    return max(0, left), for_graphs, why

@@ -195,7 +195,8 @@ class VocabParallel(nn.Module):
             return embedding(ids, self.table)
         local = ids - self.first
         held = (local >= 0) & (local < len(self.table))
-        rows = embedding(local.where(held, 0), self.table).masked_fill(~held[:, None], 0)
+        # Not where(held, 0): it copies the 0 to the device, which a graph cannot hold.
+        rows = embedding(local.masked_fill(~held, 0), self.table).masked_fill(~held[:, None], 0)
         return comm.all_reduce(rows, self.mesh)
 
     def logits(self, x: Tensor, head: Linear) -> Tensor:

@@ -24,12 +24,16 @@ class Pipe:
         self._hidden_size, self._max_in_flight = hidden_size, max_in_flight
         self._sends: dict[str, deque[tuple[Work, Tensor]]] = {"stream": deque(), "tokens": deque()}
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Of the hidden stream."""
+        return self._hidden_size * self._dtype.itemsize
+
     def most_bytes(self, num_tokens: int) -> int:
         """Of hidden streams of `num_tokens` that wait to be taken, beside the one being made."""
         if self.mesh.is_last_stage:
             return 0
-        each = num_tokens * self._hidden_size * self._dtype.itemsize
-        return (self._max_in_flight - 1) * each
+        return (self._max_in_flight - 1) * num_tokens * self.bytes_per_token
 
     def receive_stream(self, num_tokens: int) -> Tensor | None:
         """The hidden stream [num_tokens, H] of the stage before; None in the first."""

@@ -213,4 +213,6 @@ class Supervisor:
             num_preemptions=counters.num_preemptions,
             num_prompt_tokens=counters.num_prompt_tokens,
             num_cached_tokens=counters.num_cached_tokens,
+            num_compilations=self._core.num_compilations,
+            num_graphs=self._core.num_graphs,
         )

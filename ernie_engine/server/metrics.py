@@ -138,6 +138,8 @@ class Metrics:
         yield self._counter("num_preemptions", state.num_preemptions)
         yield self._counter("prefix_cache_queries", state.num_prompt_tokens)
         yield self._counter("prefix_cache_hits", state.num_cached_tokens)
+        yield self._counter("kernel_compilations", state.num_compilations)
+        yield self._counter("cuda_graph_captures", state.num_graphs)
         for name, count in self.counters.items():
             yield self._counter(name, count)
         yield self._counters("request_success", "finished_reason", self.finished)

@@ -32,6 +32,8 @@ class EngineState:
     num_preemptions: int = 0
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
+    num_compilations: int = 0
+    num_graphs: int = 0
 
 
 @dataclass(frozen=True, slots=True)

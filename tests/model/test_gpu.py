@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ernie_engine import Engine, SamplingParams
-from ernie_engine.model.startup import largest_plan
+from ernie_engine.model.rehearsal import largest_plan
 from tests.tiny import token_ids
 
 pytestmark = pytest.mark.gpu

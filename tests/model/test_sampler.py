@@ -36,10 +36,10 @@ def sampler_with(texts: dict[int, Text]) -> Sampler:
     state.apply(StepPlan(0, (), (), new, starts, (), (), (), (), SamplingPart()))
     for slot, text in texts.items():
         at = torch.tensor([slot])
-        state.advance(at, torch.tensor([len(text.prompt)]))
+        state.advance_to(at, torch.tensor([len(text.prompt)]))
         for token in text.answer:
             state.write(at, state.next_positions(at), torch.tensor([token]))
-            state.advance(at, torch.tensor([1]))
+            state.advance_to(at, state.next_positions(at) + 1)
     return Sampler(select("torch", "cpu"), state)
 
 

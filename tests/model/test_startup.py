@@ -10,8 +10,9 @@ from ernie_engine.engine_config import EngineConfig, ResolvedConfig
 from ernie_engine.kernels.decode_attention import MAX_GATHERED_TOKENS
 from ernie_engine.model import startup
 from ernie_engine.model.kv_cache import KVCache, KVGeometry
+from ernie_engine.model.rehearsal import largest_plan, release_plan
 from ernie_engine.model.runner import PROMPT_LOGITS_CHUNK
-from ernie_engine.model.startup import describe, largest_plan, open_model
+from ernie_engine.model.startup import describe, open_model
 
 BLOCK_BYTES = 16 * 2 * 4 * 2 * 16 * 4  # of the tiny checkpoint: 4 layers, 2 heads of 16, fp32
 
@@ -49,7 +50,9 @@ def test_on_a_cpu_the_cache_holds_what_all_slots_can_use_within_the_default(tiny
 def test_bytes_of_the_cache_are_those_it_takes():
     geometry = KVGeometry(3, 2, 8, block_size=4, dtype=torch.bfloat16)
     assert geometry.bytes_per_block == 4 * geometry.bytes_per_token == 4 * 2 * 3 * 2 * 8 * 2
-    assert KVCache(geometry, 5, torch.device("cpu"))._data.nbytes == 5 * geometry.bytes_per_block
+    assert (
+        KVCache(geometry, 5, torch.device("cpu"))._data.nbytes == 6 * geometry.bytes_per_block
+    )  # one for padding
     assert [geometry.blocks_for(n) for n in (1, 4, 5, 8)] == [1, 1, 2, 2]
     assert [geometry.blocks_in(n * 384 + 383) for n in (0, 1, 7)] == [0, 0, 3]
 
@@ -59,7 +62,7 @@ def test_the_cache_is_zeroed_and_no_layer_or_half_shares_memory(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
     cache = KVCache(KVGeometry(3, 2, 8, 4, torch.float32), 5, torch.device("cpu"))
     halves = [half for layer in range(3) for half in cache.layer(layer)]
-    assert all(half.shape == (5, 4, 2, 8) and not half.any() for half in halves)
+    assert all(half.shape == (6, 4, 2, 8) and not half.any() for half in halves)
     for value, half in enumerate(halves):
         half.fill_(value)
     assert [half.unique().tolist() for half in halves] == [[float(i)] for i in range(6)]
@@ -102,7 +105,7 @@ def test_the_largest_step_asks_for_all_that_sampling_can_do(tiny):
     for new in largest_plan(config).new:
         spec = new.spec
         assert spec.num_logprobs == spec.num_prompt_logprobs == 7 != NO_LOGPROBS
-        assert spec.temperature > 0 and 0 < spec.top_p < 1 and spec.top_k > 0
+        assert spec.temperature > 0 and 0 < spec.top_p < 1 and spec.top_k > 0 and spec.min_p > 0
         assert spec.frequency_penalty != 0
 
 
@@ -132,7 +135,7 @@ def test_the_largest_step_runs_and_leaves_the_slots_free(tiny, sizes):
     result = runner.sample(plan.sampling).wait()
     assert len(result.token_ids) == LARGEST[sizes][0]
     assert [len(row[0].top_ids) for row in result.logprobs] == [20] * LARGEST[sizes][0]
-    runner.state.apply(startup._release_plan(plan))
+    runner.state.apply(release_plan(plan))
     state = runner.state
     assert not (state.specs or state.host_prompt_lens or state.num_blocks)
 
@@ -150,7 +153,7 @@ def test_the_cache_gets_what_the_measured_step_and_others_leave(tiny, monkeypatc
     }
     for name, value in numbers.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    parts = description.config, runner.kv.geometry, lambda kv: runner
+    parts = description.config, runner.kv.geometry, lambda kv: runner, lambda kv: None
     assert startup._measure_free_memory(*parts)[0] == (60 - 20 - 4) * gib
     assert not runner.state.specs
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 70 * gib)

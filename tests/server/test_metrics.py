@@ -37,6 +37,8 @@ def test_ten_requests_of_ten_tokens(fresh):
         "request_params_max_tokens_sum": 100,
         "request_num_preemptions_sum": 0,
         "num_preemptions_total": 0,
+        "kernel_compilations_total": 0,
+        "cuda_graph_captures_total": 0,
     }
     for name, value in expected.items():
         assert fresh.metric(name) == value, name

@@ -55,7 +55,7 @@ def test_requests_survive():
 
 
 def test_the_rest_survives():
-    state = wire.EngineState(1.5, 1, 2, 3, 4, 5, 6, 7)
+    state = wire.EngineState(1.5, 1, 2, 3, 4, 5, 6, 7, 8, 9)
     assert wire.decode_state(wire.encode_state(state)) == state
     assert wire.decode_abort(wire.encode_abort([3, 1])) == [3, 1]
     assert wire.decode_drain(wire.encode_drain(0.5)) == 0.5

@@ -1,0 +1,45 @@
+"""The part of a step that a graph can hold: rows -> batch -> this stage's layers.
+
+Owns what one such pass needs. Never sees a plan, another stage or a sampler; eager steps and
+recorded ones run the same code.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ernie_engine.model.batch import StepShape, build_batch
+from ernie_engine.model.ernie import Ernie
+from ernie_engine.model.kv_cache import KVCache
+from ernie_engine.model.slots import Slots
+
+
+class StepRows(NamedTuple):
+    """Where a step's rows and tokens are found afterwards."""
+
+    slots: Tensor  # [R] int64
+    row_ends: Tensor  # [R] int64: the row's last token in the batch
+    positions: Tensor  # [T] int64
+
+
+@dataclass(frozen=True)
+class Forward:
+    """`model` over the requests in `state` and the blocks of `kv`."""
+
+    model: Ernie
+    state: Slots
+    kv: KVCache
+
+    def __post_init__(self) -> None:
+        self.state.park_spare(self.kv.scratch_block)
+
+    @torch.inference_mode()
+    def __call__(
+        self, slots: Tensor, counts: Tensor, shape: StepShape, stream: Tensor | None
+    ) -> tuple[StepRows, Tensor]:
+        """slots, counts [R] int64 and what the stage before gave [T, H] -> rows, hidden [T, H]."""
+        batch = build_batch(slots, counts, shape, self.state)
+        hidden = self.model(batch, self.kv, stream)
+        return StepRows(batch.slots, batch.row_ends, batch.positions), hidden

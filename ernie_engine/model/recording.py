@@ -1,0 +1,135 @@
+"""How start-up records the CUDA graphs, proves them, and knows their memory beforehand.
+
+Owns the comparison of replay with eager and the arithmetic of bytes. Leaves all slots free and
+decides nothing about later steps: see graphs.py.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ernie_engine.engine.plan import StepPlan
+from ernie_engine.model.batch import StepShape
+from ernie_engine.model.forward import Forward
+from ernie_engine.model.graphs import GraphShapes, Recorder, StepGraph, StepGraphs
+from ernie_engine.model.rehearsal import made_up_plan, release_plan, rows_filling
+from ernie_engine.model.slots import Slots
+
+logger = logging.getLogger(__name__)
+GIB = 1 << 30
+# What the driver keeps for a graph of some hundred kernels, with a margin; not measured yet.
+GRAPH_BYTES = 8 << 20
+# Relative RMS difference of a replayed hidden stream from the eager one. The kernels are the same
+# and equal bits are expected; but a library may choose another kernel while it is recorded, and
+# what differs by a rounding may send a token to another expert.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+
+
+class GraphMaker:
+    """Makes the graphs of `shapes` with one recorder. `stream` [T, H]: where a later stage's take
+    their input from, finite numbers that differ; None in the first."""
+
+    def __init__(
+        self, forward: Forward, shapes: GraphShapes, recorder: Recorder, stream: Tensor | None
+    ):
+        self.shapes, self._forward, self._stream = shapes, forward, stream
+        self._recorder = recorder
+        self.num_exact = 0  # whose replay had the bits of the eager run
+
+    def make_all(self, alive: Callable[[], None], shows_bar: bool) -> StepGraphs:
+        """RuntimeError if a replay differs. `alive` is called between two."""
+        graphs = StepGraphs(self.shapes)
+        bar = tqdm(self.shapes.largest_first, desc="graphs", unit="graph", disable=not shows_bar)
+        for shape in bar:
+            graphs.add(self.make(shape))
+            alive()
+        return graphs
+
+    @torch.inference_mode()
+    def make(self, shape: StepShape, checked: bool = True) -> StepGraph:
+        """Run a made-up step of this shape, record it, and compare."""
+        graph, plan = StepGraph(shape, self._forward, self._stream), self._plan(shape)
+        num_tokens, state = sum(plan.num_tokens), self._forward.state
+        graph.fill(plan.slots, plan.num_tokens, None)
+        with made_up(state, plan):
+            # Compiles what is to be compiled, and is what the replay must equal.
+            expected = self._recorder.run(graph.run)[1][:num_tokens].clone()
+        with made_up(state, plan):
+            graph.record(self._recorder)
+        if checked:
+            with made_up(state, plan):
+                found = graph.replay(plan.slots, plan.num_tokens, None)[1]
+            self.num_exact += compare(found, expected, shape)
+        return graph
+
+    def _plan(self, shape: StepShape) -> StepPlan:
+        state, kv = self._forward.state, self._forward.kv
+        longest = min(state.history.shape[1] - 1, shape.most_blocks * state.block_size)
+        rows = rows_filling(shape, longest)
+        vocab_size = self._forward.model.vocab_size
+        token_ids = [(37 * i + 5) % vocab_size for i in range(max(map(sum, rows)))]
+        return made_up_plan(rows, state.block_size, kv.num_blocks, token_ids)
+
+
+@contextmanager
+def made_up(state: Slots, plan: StepPlan) -> Iterator[None]:
+    state.apply(plan)
+    yield
+    state.apply(release_plan(plan))
+
+
+def compare(found: Tensor, expected: Tensor, shape: StepShape) -> bool:
+    """Whether all bits are equal; RuntimeError if more than roundings differ."""
+    if torch.equal(found, expected):
+        return True
+    error = (found - expected).float().square().mean() / expected.float().square().mean()
+    error, most = error.sqrt().item(), TOLERANCE[expected.dtype]
+    if not error <= most:
+        raise RuntimeError(
+            f"the CUDA graph of {shape} is wrong: its hidden stream is off from the eager one by "
+            f"{error:.3g} (relative RMS; at most {most:g}); enforce_eager=True goes without"
+        )
+    return False
+
+
+def bytes_of_graphs(maker: GraphMaker, hidden_bytes: int) -> int:
+    """The GPU memory that all graphs will take; hidden_bytes: of one token's hidden stream.
+
+    The two that make the pool as large as it gets are recorded and measured, and dropped. Of each
+    other there are the hidden stream that it gives and what the driver keeps.
+    """
+    largest = maker.shapes.largest_first[:2]
+    others = maker.shapes.largest_first[2:]
+    before = free_memory()
+    made = [maker.make(shape, checked=False) for shape in largest]
+    measured = before - free_memory()
+    del made
+    return max(0, measured) + sum(GRAPH_BYTES + s.num_tokens * hidden_bytes for s in others)
+
+
+def make_graphs(
+    maker: GraphMaker, set_aside: int, alive: Callable[[], None], shows_bar: bool
+) -> StepGraphs:
+    """All of them, and told what they took, beside what was set aside for them (0: nothing was)."""
+    started, before = time.monotonic(), free_memory()
+    graphs = maker.make_all(alive, shows_bar)
+    took = before - free_memory()
+    logger.info(
+        "CUDA graphs: %d recorded in %.1f s, %d of them with the bits of an eager run; %.2f GiB",
+        *(len(graphs), time.monotonic() - started, maker.num_exact, took / GIB),
+    )
+    if 0 < set_aside < took:
+        logger.warning("CUDA graphs took more than the %.2f GiB set aside", set_aside / GIB)
+    return graphs
+
+
+def free_memory() -> int:
+    """Of the current GPU, after giving back what torch merely keeps."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]

@@ -1,0 +1,317 @@
+"""Recorded steps without a GPU: sizes, choice, padding that nobody notices, the check at start-up.
+
+Here a recording is simply run again (tests/recorder.py); tests/engine/test_graphs.py has real ones.
+"""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from triton import knobs
+
+from ernie_engine.engine.plan import NewSlot, SamplingPart, SamplingSpec, StepPlan
+from ernie_engine.engine_config import EngineConfig
+from ernie_engine.kernels.registry import select
+from ernie_engine.model import graphs, recording
+from ernie_engine.model.batch import StepShape, shape_of
+from ernie_engine.model.ernie import Ernie
+from ernie_engine.model.forward import Forward
+from ernie_engine.model.graphs import StepGraph, graph_shapes, obstacle, padded
+from ernie_engine.model.kv_cache import KVCache
+from ernie_engine.model.rehearsal import rows_filling
+from ernie_engine.model.runner import ModelRunner
+from ernie_engine.model.slots import Slots
+from ernie_engine.model.startup import describe, open_model
+from ernie_engine.parallel.mesh import Mesh, Placement
+from tests.recorder import Rerun
+
+BLOCKS = 12  # of 16 tokens, for each slot of its own
+NUM_SLOTS = 9
+
+
+@pytest.fixture(scope="module")
+def runner(tiny) -> ModelRunner:
+    config = EngineConfig(model=str(tiny), device="cpu", max_num_seqs=NUM_SLOTS)
+    return open_model(describe(config))
+
+
+def resolved(tiny, **fields):
+    return describe(EngineConfig(model=str(tiny), device="cpu", **fields)).config
+
+
+# --- sizes and choice ---
+
+
+def test_sizes_are_small_steps_first_and_end_with_the_largest_step(tiny):
+    shapes = graph_shapes(replace(resolved(tiny), max_num_seqs=100, max_num_batched_tokens=700))
+    decode = [shape.num_rows for shape in shapes.decode]
+    assert decode == [*range(1, 8), 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 100]
+    assert all(s == StepShape(s.num_rows, s.num_rows, s.num_rows, 1, 32) for s in shapes.decode)
+    assert [s.num_tokens for s in shapes.mixed] == [16, 32, 64, 128, 256, 512, 700]
+    assert [s.num_rows for s in shapes.mixed] == [17, 33, 65, 65, 65, 65, 65]
+    assert all(s.num_decodes == 0 and s.longest == s.num_tokens for s in shapes.mixed)
+    assert shapes.largest_first[:2] == [shapes.mixed[-1], shapes.decode[-1]]
+    assert sorted(map(hash, shapes.largest_first)) == sorted(
+        map(hash, [*shapes.decode, *shapes.mixed])
+    )
+
+
+def test_no_size_is_above_512_rows_or_2048_tokens_or_a_stages_share(tiny):
+    large = replace(resolved(tiny), max_num_seqs=4000, max_num_batched_tokens=8192)
+    shapes = graph_shapes(large)
+    assert shapes.decode[-1].num_rows == 512 and shapes.mixed[-1].num_tokens == 2048
+    shapes = graph_shapes(replace(large, max_num_seqs=33, pipeline_parallel_size=2))
+    assert shapes.decode[-1].num_rows == 17 and shapes.mixed[-1].num_rows == 18
+
+
+def test_the_smallest_that_holds_a_step_is_taken(tiny):
+    shapes = graph_shapes(replace(resolved(tiny), max_num_seqs=40, max_num_batched_tokens=300))
+    for rows, size in ((1, 1), (7, 7), (8, 8), (9, 16), (33, 40), (40, 40)):
+        assert shapes.fit(StepShape(rows, rows, rows, 1, 3)).num_rows == size
+    for rows, tokens, size in ((1, 2, 16), (3, 16, 16), (3, 17, 32), (40, 129, 256), (2, 300, 300)):
+        assert shapes.fit(StepShape(rows, tokens, 0, tokens, 3)).num_tokens == size
+
+
+def test_what_no_graph_holds_runs_eagerly(tiny):
+    config = replace(resolved(tiny), max_num_seqs=600, max_num_batched_tokens=4000)
+    shapes = graph_shapes(replace(config, max_model_len=9000))
+    assert shapes.fit(StepShape(512, 512, 512, 1, 563)) and shapes.mixed[-1].most_blocks == 256
+    for step in (
+        StepShape(513, 513, 513, 1, 3),
+        StepShape(1, 2049, 0, 2049, 130),  # tokens
+        StepShape(65, 100, 64, 36, 3),  # rows
+        StepShape(2, 100, 1, 99, 257),  # context
+    ):
+        assert shapes.fit(step) is None
+        assert shapes.fit(replace(step, num_rows=2, num_tokens=99, num_decodes=1, most_blocks=7))
+    near = graph_shapes(replace(config, max_model_len=40))  # a padding row has 40 tokens at most
+    assert near.fit(StepShape(3, 88, 1, 39, 3)) and not near.fit(StepShape(3, 87, 1, 39, 3))
+
+
+def test_why_nothing_is_recorded_is_told(tiny):
+    on_cpu = resolved(tiny)
+    on_gpu, triton = replace(on_cpu, device="cuda:0"), select("triton", "cuda")
+    assert obstacle(on_gpu, triton) is obstacle(on_gpu, triton.counted()) is None
+    assert obstacle(on_cpu, triton) == "device=cpu"
+    assert obstacle(replace(on_gpu, enforce_eager=True), triton) == "enforce_eager"
+    reason = obstacle(on_gpu, select("triton,-decode_attention,-linear", "cuda"))
+    assert reason == "decode_attention=torch waits for the device"
+
+
+@pytest.mark.parametrize("max_len", [2, 3, 30, 100, 512])
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 5, 70])
+@pytest.mark.parametrize("budget", [1, 5, 16, 100, 2048])
+def test_a_made_up_step_of_each_shape_is_one_that_it_holds(tiny, max_len, max_num_seqs, budget):
+    config = replace(resolved(tiny), max_model_len=max_len, max_num_seqs=max_num_seqs)
+    shapes = graph_shapes(replace(config, max_num_batched_tokens=budget))
+    for shape in shapes.largest_first:
+        longest = min(max_len - 1, 16 * shape.most_blocks)
+        rows = rows_filling(shape, longest)
+        assert all(computed + count <= longest for computed, count in rows)
+        slots, counts = padded(range(len(rows)), [n for _, n in rows], shape, spare=99)
+        assert len(slots) == shape.num_rows and sum(counts) == shape.num_tokens
+        assert min(counts) >= 0 and counts[-1] <= max_len
+        if shape.num_decodes:
+            assert set(counts) == {1}
+        else:
+            assert slots[-1] == 99 and counts[-1] <= shapes.most_padding
+
+
+# --- padding ---
+
+
+def plan_of(rows: dict[int, tuple[int, int]], seed: int = 0) -> StepPlan:
+    """slot -> tokens computed before, query tokens; each slot has all its blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(3, 700, (NUM_SLOTS, BLOCKS * 16), generator=generator).tolist()
+    new = [NewSlot(slot, text[slot], SamplingSpec()) for slot in rows]
+    starts = [(slot, computed) for slot, (computed, _) in rows.items()]
+    ids = [BLOCKS * slot + i for slot in rows for i in range(BLOCKS)]
+    counts = [count for _, count in rows.values()]
+    sizes = list(rows), counts, [BLOCKS] * len(rows), ids
+    return StepPlan(0, (), (), new, starts, *sizes, SamplingPart())
+
+
+STEPS = {
+    "one token": {4: (37, 1)},
+    "single tokens": {3: (0, 1), 0: (100, 1), 8: (15, 1), 2: (16, 1), 5: (31, 1)},
+    "a prompt": {1: (0, 29)},
+    "prompts": {7: (0, 40), 1: (16, 5), 2: (0, 2)},
+    "mixed": {0: (63, 1), 5: (0, 1), 2: (48, 17), 3: (7, 30)},
+    "just as large": {6: (20, 1), 2: (0, 63)},
+}
+SHAPES = {
+    "one token": [StepShape(1, 1, 1, 1, 32), StepShape(4, 4, 4, 1, 32)],
+    "single tokens": [StepShape(n, n, n, 1, 32) for n in (5, 6, 16)],
+    "a prompt": [StepShape(2, 29, 0, 29, 32), StepShape(9, 64, 0, 64, 14)],
+    "prompts": [StepShape(10, 48, 0, 48, 32), StepShape(65, 128, 0, 128, 32)],
+    "mixed": [StepShape(5, 64, 0, 64, 32), StepShape(65, 256, 0, 256, 32)],
+    "just as large": [StepShape(3, 64, 0, 64, 32), StepShape(33, 64, 0, 64, 32)],
+}
+
+
+def run_eagerly(forward: Forward, plan: StepPlan, stream=None):
+    forward.state.apply(plan)
+    slots, counts = torch.tensor([list(plan.slots), list(plan.num_tokens)])
+    return forward(slots, counts, shape_of(plan, forward.state.num_blocks), stream)
+
+
+def release(state: Slots) -> None:
+    for memory in (state.specs, state.host_prompt_lens, state.num_blocks):
+        memory.clear()
+
+
+def fresh_cache(forward: Forward, scratch: float) -> torch.Tensor:
+    """K/V with something in it, the scratch block with `scratch`."""
+    data = forward.kv._data
+    data.copy_(torch.randn(data.shape, generator=torch.Generator().manual_seed(1)))
+    data[:, :, forward.kv.scratch_block] = scratch
+    return data
+
+
+def check_padding(forward: Forward, name: str, shape: StepShape, stream=None) -> None:
+    """Rows, hidden, lengths and blocks as of the eager step, whatever was in the scratch block."""
+    state, plan, scratch = forward.state, plan_of(STEPS[name]), forward.kv.scratch_block
+    num_rows, num_tokens = len(plan.slots), sum(plan.num_tokens)
+    own = None if stream is None else stream[:num_tokens]
+    before = fresh_cache(forward, 0.0).clone()
+    rows, expected = run_eagerly(forward, plan, own)
+    after, lengths = forward.kv._data.clone(), state.num_computed.clone()
+    release(state)
+
+    graph = StepGraph(shape, forward, None if stream is None else torch.zeros_like(stream))
+    graph.fill([state.spare], [1], None)
+    graph.record(Rerun())
+    data = fresh_cache(forward, torch.nan)
+    state.apply(plan)
+    found_rows, found = graph.replay(plan.slots, plan.num_tokens, own)
+    release(state)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for place, value in zip(found_rows, rows, strict=True):
+        assert torch.equal(place[: len(value)], value)
+    assert found_rows.slots[num_rows:].eq(state.spare).all()
+    assert torch.equal(state.num_computed, lengths) and state.num_computed[state.spare] == 0
+    data, before, after = (x[:, :, :scratch] for x in (data, before, after))
+    torch.testing.assert_close(data, after, rtol=1e-4, atol=1e-5)
+    assert (data != before).sum() == num_tokens * data[:, :, 0, 0].numel()
+
+
+@pytest.mark.parametrize(
+    "name, i", [(name, i) for name in SHAPES for i in range(len(SHAPES[name]))]
+)
+def test_padding_changes_nothing(runner, name, i):
+    check_padding(runner.forward, name, SHAPES[name][i])
+
+
+@pytest.mark.parametrize("name", ["single tokens", "mixed"])
+def test_padding_changes_nothing_in_a_later_stage(runner, tiny, name):
+    config = describe(EngineConfig(model=str(tiny), device="cpu")).model_config
+    place = Placement(Mesh(pp_size=2, pp_rank=1), torch.float32, torch.device("cpu"))
+    model, whole = Ernie(config, runner.ops, place, 512, range(2, 4)), runner.model
+    for mine, theirs in zip(model.layers, whole.layers[2:], strict=True):
+        mine.load_state_dict(theirs.state_dict())
+    geometry = replace(runner.kv.geometry, num_layers=2)
+    kv, state = (
+        KVCache(geometry, BLOCKS * NUM_SLOTS, place.device),
+        Slots(NUM_SLOTS, 512, 16, "cpu"),
+    )
+    state.park_spare(kv.scratch_block)
+    stream = torch.randn(64, config.hidden_size, generator=torch.Generator().manual_seed(2))
+    shape = next(shape for shape in SHAPES[name] if shape.num_tokens in (16, 64))
+    check_padding(Forward(model, state, kv), name, shape, stream)
+
+
+def test_many_random_steps_replayed_equal_eager_ones(runner):
+    """One graph after the other, each used again: nothing of an earlier step shows."""
+    forward, rng = runner.forward, random.Random(3)
+    state = forward.state
+    made = {}
+    for seed in range(30):
+        slots = rng.sample(range(NUM_SLOTS), rng.randint(1, 6))
+        rows = {slot: (rng.randrange(100), rng.choice([1, 1, 1, 9, 20])) for slot in slots}
+        rows = dict(sorted(rows.items(), key=lambda item: item[1][1] > 1))
+        plan = plan_of(rows, seed)
+        num_tokens = sum(plan.num_tokens)
+        singles = num_tokens == len(slots)
+        size = 8 if singles else 128
+        shape = StepShape(size, size, size, 1, 32) if singles else StepShape(8, size, 0, size, 32)
+        fresh_cache(forward, 0.0)
+        _, expected = run_eagerly(forward, plan)
+        release(state)
+        if shape not in made:
+            made[shape] = StepGraph(shape, forward, None)
+            made[shape].fill(slots, plan.num_tokens, None)
+            made[shape].record(Rerun())
+        fresh_cache(forward, 0.0)
+        state.apply(plan)
+        _, found = made[shape].replay(plan.slots, plan.num_tokens, None)
+        release(state)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert len(made) == 2
+
+
+# --- the check at start-up ---
+
+
+def maker_of(runner, recorder) -> recording.GraphMaker:
+    shapes = graphs.GraphShapes(
+        [StepShape(n, n, n, 1, 32) for n in (1, 3)],
+        [StepShape(4, 16, 0, 16, 32), StepShape(10, 64, 0, 64, 32)],
+        512,
+    )
+    return recording.GraphMaker(runner.forward, shapes, recorder, None)
+
+
+def test_all_graphs_are_made_and_checked_and_the_slots_are_free(runner):
+    recorder, beats = Rerun(), []
+    runner.kv._data.zero_()
+    maker = maker_of(runner, recorder)
+    made = maker.make_all(lambda: beats.append(1), shows_bar=False)
+    state = runner.state
+    assert len(made) == recorder.num_replays == len(beats) == maker.num_exact == 4
+    assert not (state.specs or state.host_prompt_lens or state.num_blocks)
+    assert state.num_computed[state.spare] == 0 and not state.history[state.spare].any()
+    assert made.find(StepShape(2, 2, 2, 1, 5)).shape.num_rows == 3
+    assert made.find(StepShape(4, 4, 4, 1, 5)) is None
+
+
+@pytest.mark.parametrize("share, is_wrong", [(1e-6, False), (1e-2, True), (float("nan"), True)])
+def test_a_wrong_replay_is_found(runner, share, is_wrong):
+    class Wrong(Rerun):
+        def record(self, work):
+            output, replay = super().record(work)
+
+            def wrongly():
+                replay()
+                output[1].mul_(1 + share)
+
+            return output, wrongly
+
+    maker = maker_of(runner, Wrong())
+    if is_wrong:
+        with pytest.raises(RuntimeError, match=r"num_rows=10, num_tokens=64.*enforce_eager"):
+            maker.make_all(lambda: None, shows_bar=False)
+        release(runner.state)
+    else:
+        maker.make_all(lambda: None, shows_bar=False)
+        assert maker.num_exact == 0
+
+
+def test_the_bytes_of_graphs_are_two_measured_ones_and_an_estimate_of_the_others(
+    runner, monkeypatch
+):
+    maker, free = maker_of(runner, Rerun()), iter([1000 << 20, 900 << 20])
+    monkeypatch.setattr(recording, "free_memory", lambda: next(free))
+    found = recording.bytes_of_graphs(maker, hidden_bytes=128)
+    assert found == (100 << 20) + 2 * recording.GRAPH_BYTES + (1 + 16) * 128
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not knobs.runtime.interpret, reason="tests/engine/test_graphs.py has a GPU")
+@pytest.mark.parametrize("name", ["single tokens", "prompts", "mixed"])
+def test_padding_changes_nothing_for_triton_kernels(tiny, name):
+    """Interpreted: rows of the spare slot, rows of no tokens, NaN in what nobody has written."""
+    config = EngineConfig(model=str(tiny), device="cpu", kernels="triton", max_num_seqs=NUM_SLOTS)
+    check_padding(open_model(describe(config)).forward, name, SHAPES[name][-2])

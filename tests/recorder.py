@@ -1,0 +1,30 @@
+"""A recorder of graphs for machines without a GPU: what was recorded is simply done again."""
+
+import torch
+
+from ernie_engine.model.forward import StepRows
+
+
+class Rerun:
+    """As CUDA graphs do, replay reads the inputs' places and writes the results' first places."""
+
+    def __init__(self):
+        self.num_replays = 0
+
+    def run(self, work):
+        return work()
+
+    def record(self, work):
+        places = [x.clone() for x in _flat(work())]
+
+        def replay():
+            self.num_replays += 1
+            for place, value in zip(places, _flat(work()), strict=True):
+                place.copy_(value)
+
+        return (StepRows(*places[:3]), places[3]), replay
+
+
+def _flat(output) -> list[torch.Tensor]:
+    rows, hidden = output
+    return [*rows, hidden]
