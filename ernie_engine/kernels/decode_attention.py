@@ -11,7 +11,7 @@ one program busy and the card idle; the last program of a row puts them together
 the shapes of tensors alone: ranges that a short row does not fill end at once.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false
 # (a launch gives ints where a kernel has constexprs, and options that it has no parameter for)
 
 import torch

@@ -14,6 +14,7 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 DEFAULT = "default"
 # (architecture such as "sm_90" or DEFAULT, largest size of the bucket) -> launch parameters.
@@ -58,5 +59,5 @@ def wait_for_inputs(PDL: tl.constexpr):
     In this order, or the next launch could start before the last but one has ended.
     """
     if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        gdc_wait()
+        gdc_launch_dependents()
