@@ -37,18 +37,17 @@ TABLE = {
     (DEFAULT, 16): {"SPLITS": 8, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     (DEFAULT, 128): {"SPLITS": 4, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     (DEFAULT, 512): {"SPLITS": 1, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-    # Not measured yet: two programs a multiprocessor at one row of 21B, four at more.
-    ("sm_90", 2): {"SPLITS": 128, "BLOCK_N": 32, "num_warps": 4, "num_stages": 5},
-    ("sm_90", 8): {"SPLITS": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 5},
-    ("sm_90", 32): {"SPLITS": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-    ("sm_90", 128): {"SPLITS": 8, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-    ("sm_90", 512): {"SPLITS": 2, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+    ("sm_90", 2): {"SPLITS": 64, "BLOCK_N": 64, "num_warps": 2, "num_stages": 5},
+    ("sm_90", 4): {"SPLITS": 32, "BLOCK_N": 64, "num_warps": 2, "num_stages": 5},
+    ("sm_90", 16): {"SPLITS": 16, "BLOCK_N": 64, "num_warps": 2, "num_stages": 5},
+    ("sm_90", 64): {"SPLITS": 8, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+    ("sm_90", 256): {"SPLITS": 1, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3},
     ("sm_90", 1024): {"SPLITS": 1, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
 }
 CANDIDATES = [
     {"SPLITS": splits, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
     for splits in (1, 2, 4, 8, 16, 32, 64)
-    for n, warps in ((32, 2), (32, 4), (64, 2), (64, 4), (128, 4))
+    for n, warps in ((32, 2), (64, 2), (64, 4), (128, 4))
     for stages in (3, 5)  # two a step: block ids, then keys
 ]
 # Products of fp32 run without tensor cores: tiles of operands must fit into registers.

@@ -5,8 +5,8 @@ Never reduces over ranks: the parallel layers do that with what comes out.
 One token or two: a program holds some rows of the weight and multiplies (gemv.py). More, but few:
 reading the weight is still the cost. It is the left operand of a product of tiles, so that its rows
 fill the tensor cores' tile and the tokens its narrow side. A weight with few rows is cut along K as
-well, into parts whose sums a second launch adds in order; into how many depends on the weight's
-shape alone. Many tokens: cuBLAS, by the size rule MAX_TOKENS.
+well, into parts whose sums the last program of a tile adds in order; into how many depends on the
+weight's shape alone. Many tokens: cuBLAS, by the size rule MAX_TOKENS.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -21,6 +21,7 @@ from torch import Tensor
 from ernie_engine.kernels.gemv import MOST_TOKENS, dot_rows, load_rows, load_vector
 from ernie_engine.kernels.launch import DEFAULT, overlap, pick, wait_for_inputs
 from ernie_engine.kernels.products import add_product, empty_sum, load_columns
+from ernie_engine.kernels.tickets import is_last, tickets
 
 # The most tokens that kernels take; above, cuBLAS is as fast as the card allows: at 64 / 256 tokens
 # of 21B on an H100 QKV takes 12.4 us with the kernel, 12.0 with cuBLAS.
@@ -82,7 +83,9 @@ def num_splits(num_rows: int, inner: int) -> int:
 def _linear_kernel(
     x,
     weight,
+    y,
     parts,
+    tickets,
     num_tokens,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -92,7 +95,8 @@ def _linear_kernel(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """x [T, K], weight [N, K] -> parts [SPLITS, T, N]: products over a range of K each."""
+    """x [T, K], weight [N, K] -> y [T, N]. A program has one of SPLITS ranges of K, whose products
+    wait in parts [SPLITS, T, N]."""
     wait_for_inputs(PDL)
     split = tl.program_id(2)
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -105,20 +109,18 @@ def _linear_kernel(
         w_tile = load_columns(weight_rows, row < N, start, K, BLOCK_K)
         x_tile = load_columns(x_rows, token < num_tokens, start, K, BLOCK_K)
         acc = add_product(w_tile, tl.trans(x_tile), acc)
-    places = parts + (split * num_tokens + token).to(tl.int64)[None, :] * N + row[:, None]
+    places = token[None, :] * N + row[:, None]
     inside = (row < N)[:, None] & (token < num_tokens)[None, :]
-    tl.store(places, acc.to(parts.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["size"])
-def _add_parts_kernel(parts, y, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """parts [SPLITS, size] fp32 -> y [size], summed in order and rounded once."""
-    wait_for_inputs(PDL)
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for split in tl.static_range(SPLITS):
-        total += tl.load(parts + split * size + place, mask=place < size, other=0.0)
-    tl.store(y + place, total.to(y.dtype.element_ty), mask=place < size)
+    if SPLITS == 1:
+        tl.store(y + places, acc.to(y.dtype.element_ty), mask=inside)
+    else:
+        tl.store(parts + split * num_tokens * N + places, acc.to(tl.float32), mask=inside)
+        if is_last(tickets + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), SPLITS):
+            total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            for part in tl.static_range(SPLITS):
+                at = parts + part * num_tokens * N + places
+                total += tl.load(at, mask=inside, other=0.0, cache_modifier=".cg")
+            tl.store(y + places, total.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -171,22 +173,25 @@ def small_linear(x: Tensor, weight: Tensor) -> Tensor:
         return y
     launch = pick(TABLE_FP32 if x.dtype == torch.float32 else TABLE, x.device, num_tokens)
     splits = num_splits(num_rows, inner)
-    shape = splits, num_tokens, num_rows
-    parts = y if splits == 1 else torch.empty(shape, dtype=torch.float32, device=x.device)
     grid = (
         triton.cdiv(num_rows, launch["BLOCK_N"]),
         triton.cdiv(num_tokens, launch["BLOCK_M"]),
         splits,
     )
-    overlapping = overlap(x.device)
-    _linear_kernel[grid](
-        *(x, weight, parts, num_tokens), N=num_rows, K=inner, SPLITS=splits, **launch, **overlapping
-    )
+    parts, counters = y, y
     if splits > 1:
-        size, block = y.numel(), 256
-        _add_parts_kernel[(triton.cdiv(size, block),)](
-            parts, y, size, SPLITS=splits, BLOCK=block, num_warps=2, **overlapping
-        )
+        shape = splits, num_tokens, num_rows
+        parts = torch.empty(shape, dtype=torch.float32, device=x.device)
+        counters = tickets("linear", x.device)
+        assert grid[0] * grid[1] <= len(counters)
+    _linear_kernel[grid](
+        *(x, weight, y, parts, counters, num_tokens),
+        N=num_rows,
+        K=inner,
+        SPLITS=splits,
+        **launch,
+        **overlap(x.device),
+    )
     return y
 
 

@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ernie_engine.kernels.launch import DEFAULT, pick
-from ernie_engine.kernels.linear import linear_triton
 from ernie_engine.kernels.moe_few import moe_experts_few
 from ernie_engine.kernels.moe_grouped import moe_experts_grouped
-from ernie_engine.kernels.swiglu import swiglu_torch, swiglu_triton
+from ernie_engine.kernels.swiglu import swiglu_torch
 
 # By tokens: 1 = without sorting. An H100 takes at 1, 2, 4, 8 tokens of 21B 66, 125, 251, 495 us
 # without, 101, 141, 195, 331 us with it: at 4 tokens 21 of 24 chosen experts are different ones.
@@ -48,14 +47,9 @@ def moe_experts_triton(
     if x.numel() == 0:
         return torch.empty_like(x)
     width = 0 if shared_down is None else shared_down.shape[1]
-    if pick(FEW, x.device, len(x))["FEW"] and width % down.shape[2] == 0:
-        return moe_experts_few(
-            x, gate_up, down, weights, ids, first_expert, shared_gate_up, shared_down
-        )
-    shared = None
-    if shared_gate_up is not None and shared_down is not None:
-        shared = linear_triton(swiglu_triton(linear_triton(x, shared_gate_up)), shared_down)
-    return moe_experts_grouped(x, gate_up, down, weights, ids, first_expert, shared)
+    few = pick(FEW, x.device, len(x))["FEW"] and width % down.shape[2] == 0
+    run = moe_experts_few if few else moe_experts_grouped
+    return run(x, gate_up, down, weights, ids, first_expert, shared_gate_up, shared_down)
 
 
 def moe_experts_torch(

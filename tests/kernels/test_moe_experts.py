@@ -316,3 +316,20 @@ def test_shared_experts_add_to_the_sum(
     mine = moe_experts(x, gate_up[2:4], down[2:4], weights, ids, 2, *shared)  # of another rank's
     kept = weights.where((ids >= 2) & (ids < 4), 0)
     assert_near(mine, naive(x, gate_up, down, kept, ids) + naive_mlp(x, *shared), factor=2.5)
+
+
+@half_and_single
+@pytest.mark.parametrize("num_parts", [1, 2])
+@pytest.mark.parametrize("num_tokens", [1, 20, 70])
+def test_shared_experts_in_the_launches_of_the_routed(monkeypatch, dtype, num_tokens, num_parts):
+    case = make_there(dtype, num_tokens, 5, 40, moe_grouped.MOST_BLOCK_K, 2)
+    x, _, down, *_ = case
+    shared = make_there(dtype, 1, 1, 40, num_parts * moe_grouped.MOST_BLOCK_K, 1)[1:3]
+    shared = shared[0][0], shared[1][0]
+    assert moe_grouped._num_parts(x, down, shared[1]) == num_parts
+    exact = naive(*case) + naive_mlp(x, *shared)
+    twin = moe_experts_torch(*case, 0, *shared)
+    assert_as_near_as_twin(moe_experts_grouped(*case, 0, *shared), twin, exact.to(x.device))
+    monkeypatch.setattr(moe_grouped, "SHARED_TABLE", {(DEFAULT, 1): {"TOGETHER": 0}})
+    assert moe_grouped._num_parts(x, down, shared[1]) == 0
+    assert_as_near_as_twin(moe_experts_grouped(*case, 0, *shared), twin, exact.to(x.device))

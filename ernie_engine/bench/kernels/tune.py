@@ -177,6 +177,12 @@ TUNABLE = {
             moe_grouped.TILE_CANDIDATES,
             pinned=lambda _: _grouped(),
         ),
+        Tunable(
+            "moe_grouped.SHARED_TABLE",
+            moe_grouped.SHARED_TABLE,
+            moe_grouped.SHARED_CANDIDATES,
+            pinned=lambda _: _grouped(),
+        ),
         Tunable("moe.FEW", moe.FEW, moe.FEW_CANDIDATES, _few(16)),
     ],
     "sample": [Tunable("top_filter.TABLE", top_filter.TABLE, top_filter.CANDIDATES)],
