@@ -82,6 +82,10 @@ def _norm_qkv_rope_kernel(
     pair = dim // 2 + tl.arange(0, BLOCK_N // 2)
     wait_for_inputs(PDL)
     for token in tl.range(0, num_tokens):
+        # What the end of this round needs is on its way before the long wait for x.
+        angles = table + tl.load(positions + token) * DIM + pair
+        cos, sin = tl.load(angles), tl.load(angles + DIM // 2)
+        slot = tl.load(slots + token) * (KV_HEADS * DIM) + dim
         at = token * K
         y = normed_vector(
             x + at,
@@ -96,15 +100,12 @@ def _norm_qkv_rope_kernel(
         )
         value = dot_rows(rows, y).to(x.dtype.element_ty)
         if head < HEADS + KV_HEADS:
-            angles = table + tl.load(positions + token) * DIM + pair
-            cos, sin = tl.load(angles), tl.load(angles + DIM // 2)
             even, odd = tl.split(tl.reshape(value.to(tl.float32), [BLOCK_N // 2, 2]))
             turned = tl.join(even * cos - odd * sin, odd * cos + even * sin)
             value = tl.reshape(turned, [BLOCK_N]).to(value.dtype)
         if head < HEADS:
             to = q + token * (HEADS * DIM) + first
         else:
-            slot = tl.load(slots + token) * (KV_HEADS * DIM) + dim
             if head < HEADS + KV_HEADS:
                 to = k_cache + slot + (head - HEADS) * DIM
             else:

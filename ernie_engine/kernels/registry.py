@@ -122,9 +122,8 @@ FUSIONS = {
 }
 PARTS = "parts"  # what runs for a fusion whose parts run one by one
 
-# Device type -> the implementation "auto" stands for. On a GPU the kernels take over here, once
-# they were proven on one.
-AUTO = {"cpu": "torch", "cuda": "torch"}
+# Device type -> the implementation "auto" stands for.
+AUTO = {"cpu": "torch", "cuda": "triton"}
 VARIABLE = "ERNIE_KERNELS"  # what "auto" means instead, if set
 SYNTAX = (
     "NAME for all ops, then -OP for torch instead (a fusion: for its parts) or OP=NAME; "

@@ -40,6 +40,7 @@ def _draw_kernel(
     seed_stride,
     position_stride,
     vocab_size,
+    FILTERED: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """A chunk's best z + noise, as an order key."""
@@ -48,7 +49,8 @@ def _draw_kernel(
     if load_setting(settings, TEMPERATURE) > 0:
         ids = chunk_ids(CHUNK)
         z = scaled_logits(load_logits(logits, ids, vocab_size), settings)
-        z = tl.where(order_keys(z, ids) >= tl.load(thresholds + row), z, -float("inf"))
+        if FILTERED:
+            z = tl.where(order_keys(z, ids) >= tl.load(thresholds + row), z, -float("inf"))
         if tl.max(z, axis=0) > -float("inf"):  # the noise is what costs
             seed, position = tl.load(seeds + row * seed_stride), row * position_stride
             noise = gumbel_noise_of(ids, tl.load(positions + position), seed)
@@ -73,17 +75,22 @@ def sample_triton(
     min_p: Tensor,
     seeds: Tensor,
     positions: Tensor,
+    draws: bool = True,
+    filters: bool = True,
 ) -> Tensor:
     """As sample_torch, and the same tokens."""
     logits = logits.contiguous()
     rows, vocab_size = logits.shape
     settings, greedy = find_settings(logits, temperature, top_k, top_p, min_p)
-    thresholds = find_thresholds(logits, settings)
+    if not draws:
+        return greedy
+    thresholds = find_thresholds(logits, settings) if filters else greedy  # not looked at
     chunks = num_chunks(vocab_size)
     drawn_keys = torch.empty(rows, chunks, dtype=torch.int64, device=logits.device)
     strides = seeds.stride(0), positions.stride(0)
     _draw_kernel[(rows, chunks)](
         *(logits, settings, thresholds, seeds, positions, drawn_keys, *strides, vocab_size),
+        FILTERED=filters,
         CHUNK=CHUNK,
         num_warps=8,
     )
@@ -120,15 +127,19 @@ def sample_torch(
     min_p: Tensor,
     seeds: Tensor,
     positions: Tensor,
+    draws: bool = True,
+    filters: bool = True,
 ) -> Tensor:
     """logits [R, V] fp32; temperature (0 = greedy), top_p (1 = off), min_p (0 = off) [R] fp32;
     top_k [R] int (0 = off); seeds, positions [R] int64 -> token ids [R] int64.
 
-    min-p keeps tokens with at least min_p times the probability of the best one.
+    min-p keeps tokens with at least min_p times the probability of the best one. `draws` and
+    `filters` say that some row may have a temperature, and some a top-k or top-p: what the caller
+    knows to be off is not launched.
     """
     greedy = logits.argmax(dim=-1)
     drawn = temperature > 0
-    if not drawn.any():
+    if not draws or not drawn.any():
         return greedy
     # Shifting by the maximum changes no probability, keeps tiny temperatures from overflowing,
     # and makes min-p a comparison: log(p / p_best) is the shifted logit itself.
@@ -136,7 +147,7 @@ def sample_torch(
     z = z / torch.where(drawn, temperature, 1.0)[:, None]
     z = z.masked_fill(z < min_p.double().log().float()[:, None], -torch.inf)
     rows = (drawn & ((top_k > 0) | (top_p < 1))).nonzero().flatten()
-    if rows.numel():  # only these pay for a sort
+    if filters and rows.numel():  # only these pay for a sort
         z[rows] = _keep_top(z[rows], top_k[rows], top_p[rows])
     choice = (z + gumbel_noise(seeds, positions, logits.shape[1])).argmax(dim=-1)
     return torch.where(drawn, choice, greedy)

@@ -39,6 +39,8 @@ class Rows:
     biased: Tensor | None  # the same
     biases: Tensor | None  # [N] fp32, of those
     penalised: Tensor | None  # [N] int64: rows
+    draws: bool  # is any row not greedy?
+    filters: bool  # has any such row a top-k or a top-p?
 
     def are(self, slot_ids: Sequence[int], specs: Sequence[SamplingSpec]) -> bool:
         """A request that has got another one's slot came with an object of its own."""
@@ -73,6 +75,8 @@ def read_rows(
         biased=indices(list(zip(*biased, strict=True))),
         biases=to_device(biases, torch.float32, device) if biases else None,
         penalised=indices(penalised),
+        draws=any(spec.temperature > 0 for spec in specs),
+        filters=any(s.temperature > 0 and (s.top_k > 0 or s.top_p < 1) for s in specs),
     )
 
 
@@ -98,6 +102,8 @@ class Sampler:
             values["min_p"],
             values["seed"],
             positions,
+            rows.draws,
+            rows.filters,
         )
 
     def _rows(self, slot_ids: Sequence[int], slots: Tensor) -> Rows:

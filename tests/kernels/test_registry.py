@@ -24,7 +24,8 @@ def test_implementations_of_an_op_take_the_same_arguments(op):
 def test_select_takes_the_named_implementation(kernels, device_type):
     ops = select(kernels, device_type)
     for op, implementations in IMPLEMENTATIONS.items():
-        assert getattr(ops, op) is implementations["torch"]
+        name = AUTO[device_type] if kernels == "auto" else kernels
+        assert getattr(ops, op) is implementations[name]
 
 
 def test_ops_cannot_be_changed():

@@ -200,3 +200,18 @@ def test_twin_sorts_only_rows_with_a_filter(monkeypatch):
     assert sorted_rows == []
     draw(sampling.sample_torch, "cpu", logits, top_k=[0, 3, 0, 0], top_p=[1.0, 1.0, 1.0, 0.5])
     assert sorted_rows == [2]
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (0.8, 1.0), (0.8, 0.7)])
+def test_what_is_known_to_be_off_changes_no_token(sample, device, few, temperature, top_p):
+    rows = few(16, 2)
+    logits = torch.randn(rows, 500).to(device)
+
+    def column(value, dtype=torch.float32):
+        return torch.full((rows,), value, dtype=dtype, device=device)
+
+    values = column(temperature), column(0, torch.int64), column(top_p), column(0.0)
+    seeds = torch.arange(rows).to(device)
+    everything = sample(logits, *values, seeds, seeds + 7)
+    draws, filters = temperature > 0, top_p < 1
+    assert torch.equal(sample(logits, *values, seeds, seeds + 7, draws, filters), everything)
