@@ -46,9 +46,16 @@ TABLE = {
 }
 CANDIDATES = [
     {"SPLITS": splits, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
-    for splits in (1, 2, 4, 8, 16, 32, 64)
-    for n, warps in ((32, 2), (64, 2), (64, 4), (128, 4))
-    for stages in (3, 5)  # two a step: block ids, then keys
+    for splits in (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    # Two stages a step: block ids, then keys.
+    for n, warps, stages in (
+        (32, 2, 5),
+        (64, 2, 5),
+        (64, 4, 3),
+        (64, 4, 5),
+        (128, 4, 3),
+        (128, 4, 5),
+    )
 ]
 # Products of fp32 run without tensor cores: tiles of operands must fit into registers.
 TABLE_FP32 = {

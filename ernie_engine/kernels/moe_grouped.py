@@ -85,10 +85,9 @@ SHARED_CANDIDATES = [{"TOGETHER": 1}, {"TOGETHER": 0}]
 MOST_BLOCK_K = 128  # of the tables; the shared experts' parts are a multiple of it wide
 SUM_BLOCK = 1024  # columns of a program of the sum
 # More are done one part after the other. What lies between the launches takes k (H + I) numbers a
-# token, 403 MB for so many of 21B; without a limit a step of 131072 tokens would take 6.4 GB from
-# the K/V cache. An expert still has 768 rows of them, six full tiles, and its weights, read once
-# more for each part, take a sixth of the time that the products do.
-TOKENS_AT_ONCE = 8192
+# token, 805 MB for so many of 21B; without a limit a step of 131072 tokens would take 6.4 GB from
+# the K/V cache.
+TOKENS_AT_ONCE = 16384
 
 
 class Tiles(NamedTuple):

@@ -17,8 +17,8 @@ from ernie_engine.bench.kernels.shapes import SHAPES
 from ernie_engine.bench.kernels.table import CASES, ops_with
 from ernie_engine.kernels.registry import IMPLEMENTATIONS
 
-# One token, a few, and so many that experts are sorted and prompts are cut, yet no more than kernels
-# of our own take: what cuBLAS does is not looked at here.
+# One token, a few, and so many that experts are sorted and prompts are cut, yet no more than what
+# kernels of our own take: what cuBLAS does is not looked at here.
 SIZES = [("0.3B", 1), ("0.3B", 5), ("21B tp4", 1), ("21B tp4", 17), ("21B tp4", 64)]
 MAX_BYTES = 1 << 28
 
