@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ernie_engine.kernels.gemv import dot_rows, load_vector
 from ernie_engine.kernels.launch import DEFAULT, overlap, pick, wait_for_inputs
 
 # By tokens. BLOCK: output rows of a program (of gate and of up each, in the first launch); BLOCK_K:
@@ -48,10 +49,39 @@ DOWN_TABLE_FP32 = {(DEFAULT, 8): {"BLOCK": 1, "BLOCK_K": 256, "STAGES": 1, "num_
 
 @triton.jit
 def silu_product(gate, up, DTYPE: tl.constexpr):
-    """swiglu of two fp32 sums with the twin's roundings: both sums, the silu, the product."""
+    """swiglu of two sums with the twin's roundings: both sums, the silu, the product.
+
+    A half type forgives the quotient its last two bits, and a correctly rounded one costs as much
+    as a tenth of a large product does.
+    """
     gate = gate.to(DTYPE).to(tl.float32)
-    silu = tl.div_rn(gate, 1.0 + tl.exp(-gate)).to(DTYPE).to(tl.float32)
+    IS_SINGLE: tl.constexpr = DTYPE == tl.float32
+    if IS_SINGLE:
+        silu = tl.div_rn(gate, 1.0 + tl.exp(-gate))
+    else:
+        silu = (gate / (1.0 + tl.exp(-gate))).to(DTYPE).to(tl.float32)
     return (silu * up.to(DTYPE).to(tl.float32)).to(DTYPE)
+
+
+@triton.jit
+def _sums(
+    x_row,
+    gate_rows,
+    up_rows,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """gate, up [BLOCK] fp32: rows (pointers [BLOCK, 1]) times x."""
+    gate = tl.zeros([BLOCK, BLOCK_K], tl.float32)
+    up = tl.zeros([BLOCK, BLOCK_K], tl.float32)
+    for start in tl.range(0, H, BLOCK_K, num_stages=STAGES):
+        k = start + tl.arange(0, BLOCK_K)[None, :]
+        x_part = tl.load(x_row + k, mask=k < H, other=0.0).to(tl.float32)
+        gate += tl.load(gate_rows + k, mask=k < H, other=0.0).to(tl.float32) * x_part
+        up += tl.load(up_rows + k, mask=k < H, other=0.0).to(tl.float32) * x_part
+    return tl.sum(gate, 1), tl.sum(up, 1)
 
 
 @triton.jit
@@ -67,37 +97,45 @@ def _gate_up_kernel(
     SHARED: tl.constexpr,
     H: tl.constexpr,
     I: tl.constexpr,
+    WIDTH: tl.constexpr,  # a power of two that holds H
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """x [T, H], gate_up [E, 2 I, H], shared [2 SHARED I, H] -> hidden [T, k + SHARED, I]: one
-    choice of a token, or one of SHARED equal parts of the shared experts; BLOCK rows of it."""
-    wait_for_inputs(PDL)
+    """x [T, H], gate_up [E, 2 I, H], shared [2 SHARED I, H] -> hidden [T, SHARED + k, I]: one of
+    SHARED equal parts of the shared experts, or a choice of a token; BLOCK rows of it.
+
+    The shared experts come first: which they are is known before the router has chosen, and where
+    launches overlap their weights are on the way by then.
+    """
     entry = tl.program_id(1)
-    token, part = entry // (TOP_K + SHARED), entry % (TOP_K + SHARED)
-    expert = tl.load(ids + token * TOP_K + part, mask=part < TOP_K, other=first_expert)
-    expert = expert.to(tl.int64) - first_expert
-    if (expert < 0) | (expert >= NUM_EXPERTS):  # another rank's; nobody reads its hidden row
-        return
+    token, part = entry // (SHARED + TOP_K), entry % (SHARED + TOP_K)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     # Rows outside are read twice instead of masked; only the store needs a mask.
-    read = tl.minimum(row, I - 1)
-    gate_rows = gate_up + (expert * (2 * I) + read)[:, None] * H
-    up_rows = gate_rows + I * H
-    if part >= TOP_K:
-        gate_rows = shared + ((part - TOP_K) * I + read)[:, None] * H
-        up_rows = gate_rows + SHARED * I * H
+    read = tl.minimum(row, I - 1)[:, None]
     x_row = x + token * H
-    gate = tl.zeros([BLOCK, BLOCK_K], tl.float32)
-    up = tl.zeros([BLOCK, BLOCK_K], tl.float32)
-    for start in tl.range(0, H, BLOCK_K, num_stages=STAGES):
-        k = start + tl.arange(0, BLOCK_K)[None, :]
-        x_part = tl.load(x_row + k, mask=k < H, other=0.0).to(tl.float32)
-        gate += tl.load(gate_rows + k, mask=k < H, other=0.0).to(tl.float32) * x_part
-        up += tl.load(up_rows + k, mask=k < H, other=0.0).to(tl.float32) * x_part
-    y = silu_product(tl.sum(gate, 1), tl.sum(up, 1), hidden.dtype.element_ty)
+    dtype: tl.constexpr = hidden.dtype.element_ty
+    gate, up = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    if part < SHARED:
+        gate_rows = shared + (part * I + read) * H
+        up_rows = gate_rows + SHARED * I * H
+        if PDL:
+            k = tl.arange(0, WIDTH)[None, :]
+            gate_tile = tl.load(gate_rows + k, mask=k < H, other=0.0)
+            up_tile = tl.load(up_rows + k, mask=k < H, other=0.0)
+            wait_for_inputs(PDL)
+            vector = load_vector(x_row, H, WIDTH)
+            gate, up = dot_rows(gate_tile, vector), dot_rows(up_tile, vector)
+        else:
+            gate, up = _sums(x_row, gate_rows, up_rows, H, BLOCK, BLOCK_K, STAGES)
+    else:
+        wait_for_inputs(PDL)
+        expert = tl.load(ids + token * TOP_K + part - SHARED).to(tl.int64) - first_expert
+        if (expert >= 0) & (expert < NUM_EXPERTS):  # else another rank's: nobody reads the zeros
+            gate_rows = gate_up + (expert * (2 * I) + read) * H
+            gate, up = _sums(x_row, gate_rows, gate_rows + I * H, H, BLOCK, BLOCK_K, STAGES)
+    y = silu_product(gate, up, dtype)
     tl.store(hidden + entry.to(tl.int64) * I + row, y, mask=row < I)
 
 
@@ -121,7 +159,7 @@ def _down_kernel(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """hidden [T, k + SHARED, I], down [E, H, I], shared [H, SHARED I], weights, ids [T, k] -> out
+    """hidden [T, SHARED + k, I], down [E, H, I], shared [H, SHARED I], weights, ids [T, k] -> out
     [T, H]: BLOCK of a row. All choices at once, so that their weights come together."""
     wait_for_inputs(PDL)
     token = tl.program_id(1)
@@ -135,7 +173,8 @@ def _down_kernel(
     shared_rows = shared + read * (SHARED * I) + tl.where(is_shared, part - TOP_K, 0) * I
     rows = tl.where(is_shared, shared_rows, routed_rows)[:, :, None]  # [PARTS, BLOCK, 1]
     inside = (ours | is_shared)[:, :, None]
-    hidden_rows = hidden + (token * (TOP_K + SHARED) + part).to(tl.int64)[:, :, None] * I
+    place = token * (SHARED + TOP_K) + tl.where(is_shared, part - TOP_K, SHARED + part)
+    hidden_rows = hidden + place.to(tl.int64)[:, :, None] * I
     acc = tl.zeros([PARTS, BLOCK, BLOCK_K], tl.float32)
     for start in tl.range(0, I, BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)[None, None, :]
@@ -174,12 +213,16 @@ def moe_experts_few(
         assert shared_down.shape[1] == num_shared * width
     shape = {"NUM_EXPERTS": num_experts, "TOP_K": top_k, "H": hidden_size, "I": width}
     shape["SHARED"] = num_shared
-    hidden, out = x.new_empty(num_tokens, top_k + num_shared, width), torch.empty_like(x)
+    hidden, out = x.new_empty(num_tokens, num_shared + top_k, width), torch.empty_like(x)
     launch = pick(GATE_UP_TABLE, x.device, num_tokens)
     grid = triton.cdiv(width, launch["BLOCK"]), num_tokens * (top_k + num_shared)
     overlapping = overlap(x.device)
     _gate_up_kernel[grid](
-        *(x, gate_up, shared_gate_up, ids, hidden, first_expert), **shape, **launch, **overlapping
+        *(x, gate_up, shared_gate_up, ids, hidden, first_expert),
+        WIDTH=triton.next_power_of_2(hidden_size),
+        **shape,
+        **launch,
+        **overlapping,
     )
     table = DOWN_TABLE_FP32 if x.dtype == torch.float32 else DOWN_TABLE
     launch = pick(table, x.device, num_tokens)
