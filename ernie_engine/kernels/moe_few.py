@@ -55,8 +55,7 @@ def silu_product(gate, up, DTYPE: tl.constexpr):
     as a tenth of a large product does.
     """
     gate = gate.to(DTYPE).to(tl.float32)
-    IS_SINGLE: tl.constexpr = DTYPE == tl.float32
-    if IS_SINGLE:
+    if DTYPE.primitive_bitwidth == 32:
         silu = tl.div_rn(gate, 1.0 + tl.exp(-gate))
     else:
         silu = (gate / (1.0 + tl.exp(-gate))).to(DTYPE).to(tl.float32)
