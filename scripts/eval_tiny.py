@@ -51,6 +51,7 @@ def answerer(args: argparse.Namespace) -> Iterator[Answerer]:
         yield TransformersAnswerer(Path(args.model), args.dtype, args.device)
     else:
         sizes = {name: getattr(args, name) for name in SIZES}
+        sizes |= {"kv_cache_memory_bytes": KV_BYTES}
         with Engine(model=args.model, dtype=args.dtype, device=args.device, **sizes) as engine:
             yield EngineAnswerer(engine, SamplingParams)
 

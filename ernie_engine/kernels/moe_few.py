@@ -6,8 +6,8 @@ read as so many more choices, by the same launches. No tensor cores: with one to
 to multiply a tile by, and the memory is the limit. Never synchronises with the host.
 """
 
-# pyright: reportArgumentType=false
-# (a launch gives ints where a kernel has constexprs)
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# (a launch gives ints where a kernel has constexprs, and types)
 
 import torch
 import triton
