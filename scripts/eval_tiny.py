@@ -20,6 +20,7 @@ from ernie_engine.evals.harness import Record, read_records, run, write_records
 from ernie_engine.evals.report import compare, scores, table
 from ernie_engine.evals.transport import Answerer, EngineAnswerer, UrlAnswerer
 
+KV_BYTES = 2 << 30  # a tiny model needs no card of its own
 SIZES = "tensor_parallel_size", "pipeline_parallel_size"
 
 
