@@ -33,8 +33,9 @@ TABLE = {
     ("sm_90", 1): {"ROWS": 1, "EXPERTS": 1, "INNER": 1024, "num_warps": 4, "num_stages": 2},
     ("sm_90", 16): {"ROWS": 1, "EXPERTS": 2, "INNER": 1024, "num_warps": 2, "num_stages": 2},
     ("sm_90", 64): {"ROWS": 1, "EXPERTS": 4, "INNER": 1024, "num_warps": 2, "num_stages": 2},
-    ("sm_90", 1024): {"ROWS": 16, "EXPERTS": 16, "INNER": 64, "num_warps": 4, "num_stages": 3},
-    ("sm_90", 16384): {"ROWS": 64, "EXPERTS": 64, "INNER": 32, "num_warps": 4, "num_stages": 3},
+    ("sm_90", 256): {"ROWS": 1, "EXPERTS": 8, "INNER": 1024, "num_warps": 2, "num_stages": 2},
+    ("sm_90", 1024): {"ROWS": 16, "EXPERTS": 32, "INNER": 64, "num_warps": 4, "num_stages": 3},
+    ("sm_90", 16384): {"ROWS": 64, "EXPERTS": 64, "INNER": 128, "num_warps": 4, "num_stages": 3},
 }
 CANDIDATES = [
     *(

@@ -16,7 +16,7 @@ from ernie_engine.model.batch import ForwardBatch
 from ernie_engine.model.kv_cache import KVCache
 from ernie_engine.model.moe import MLP, MoE, RMSNorm
 from ernie_engine.parallel.layers import (
-    QKVParallelLinear,
+    QKVWeight,
     RowParallelLinear,
     VocabParallel,
     WeightPart,
@@ -33,9 +33,7 @@ class Attention(nn.Module):
         self.ops, self.index, self.rope = ops, index, rope  # of the rank's layers in the cache
         heads, head_dim, hidden = config.num_attention_heads, config.head_dim, config.hidden_size
         self.scale = head_dim**-0.5
-        self.qkv_proj = QKVParallelLinear(
-            hidden, heads, config.num_key_value_heads, head_dim, place, ops.linear
-        )
+        self.qkv_proj = QKVWeight(hidden, heads, config.num_key_value_heads, head_dim, place)
         self.o_proj = RowParallelLinear(heads * head_dim, hidden, place, ops.linear)
 
     def forward(

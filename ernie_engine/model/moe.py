@@ -33,15 +33,13 @@ class RMSNorm(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x)); the dense layers and, without `reduce`, the shared experts."""
+    """down(silu(gate(x)) * up(x)): the dense layers; of the shared experts the weights alone."""
 
-    def __init__(
-        self, hidden_size: int, width: int, ops: Ops, place: Placement, reduce: bool = True
-    ):
+    def __init__(self, hidden_size: int, width: int, ops: Ops, place: Placement):
         super().__init__()
         self.ops = ops
         self.gate_up_proj = ColumnParallelLinear(hidden_size, [width, width], place, ops.linear)
-        self.down_proj = RowParallelLinear(width, hidden_size, place, ops.linear, reduce)
+        self.down_proj = RowParallelLinear(width, hidden_size, place, ops.linear)
 
     def forward(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         """x, residual [T, H] -> MLP of norm(residual + x) [T, H], residual + x."""
@@ -90,7 +88,7 @@ class MoE(nn.Module):
         shared_width = width * config.moe_num_shared_experts
         self.shared_experts = None
         if shared_width:
-            self.shared_experts = MLP(hidden_size, shared_width, ops, place, reduce=False)
+            self.shared_experts = MLP(hidden_size, shared_width, ops, place)
 
     def forward(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         """x, residual [T, H] -> experts of norm(residual + x) [T, H], residual + x."""

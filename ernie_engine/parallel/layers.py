@@ -68,8 +68,9 @@ class ColumnParallelLinear(nn.Module):
             yield WeightPart(name, (rows, dst.shape[1]), (cut, WHOLE), dst)
 
 
-class QKVParallelLinear(nn.Module):
-    """q, k and v in one product; heads cut over tp, K/V heads replicated when fewer than ranks.
+class QKVWeight(nn.Module):
+    """The matrix of q, k and v; heads cut over tp, K/V heads replicated when fewer than ranks. What
+    is computed with it is fused with what comes before and after.
 
     Weight [(Hq + 2 Hkv) * D, in_features] with this rank's Hq and Hkv.
     """
@@ -81,21 +82,15 @@ class QKVParallelLinear(nn.Module):
         num_kv_heads: int,
         head_dim: int,
         place: Placement,
-        linear: Linear,
     ):
         super().__init__()
         mesh = place.mesh
-        self.mesh, self.linear, self.head_dim = mesh, linear, head_dim
+        self.mesh, self.head_dim = mesh, head_dim
         self.total_heads, self.total_kv_heads = num_heads, num_kv_heads
         self.num_heads = mesh.share(num_heads, "attention heads")
         self.num_kv_heads = mesh.share_of_kv_heads(num_kv_heads)
         self.sizes = [n * head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
         self.weight = empty_weight(sum(self.sizes), in_features, place=place)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, in] -> q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D]: views of one product."""
-        qkv = self.linear(x, self.weight).unflatten(-1, (-1, self.head_dim))
-        return qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)  # pyright: ignore[reportReturnType]
 
     def parts(self, q: str, k: str, v: str) -> Iterator[WeightPart]:
         heads = self.mesh.cut(self.total_heads, q)
@@ -111,28 +106,16 @@ class QKVParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """y = sum over tp of x @ W.T, the columns of W cut over tp. Weight [out, in / tp].
+    """y = sum over tp of x @ W.T, the columns of W cut over tp. Weight [out, in / tp]."""
 
-    Without `reduce` the sum over tp is left to the caller, who has more to add first.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        place: Placement,
-        linear: Linear,
-        reduce: bool = True,
-    ):
+    def __init__(self, in_features: int, out_features: int, place: Placement, linear: Linear):
         super().__init__()
         self.mesh, self.linear, self.in_features = place.mesh, linear, in_features
-        self.reduce = reduce
         share = place.mesh.share(in_features, "input features")
         self.weight = empty_weight(out_features, share, place=place)
 
     def forward(self, x: Tensor) -> Tensor:  # [T, in / tp] -> [T, out]
-        y = self.linear(x, self.weight)
-        return comm.all_reduce(y, self.mesh) if self.reduce else y
+        return comm.all_reduce(self.linear(x, self.weight), self.mesh)
 
     def parts(self, name: str) -> Iterator[WeightPart]:
         cut = self.mesh.cut(self.in_features, name)

@@ -22,7 +22,7 @@ from ernie_engine.model.weights import fill_dummy, load_weights
 from ernie_engine.parallel.layers import (
     ColumnParallelLinear,
     ExpertWeights,
-    QKVParallelLinear,
+    QKVWeight,
     RowParallelLinear,
     VocabParallel,
     WeightPart,
@@ -44,7 +44,7 @@ class Toy(nn.Module):
         super().__init__()
         place, linear = Placement(mesh, dtype, torch.device("cpu")), nn.functional.linear
         self.embed = VocabParallel(V, H, place)
-        self.qkv_proj = QKVParallelLinear(H, 4, kv_heads, D, place, linear)
+        self.qkv_proj = QKVWeight(H, 4, kv_heads, D, place)
         self.o_proj = RowParallelLinear(4 * D, H, place, linear)
         self.gate_up_proj = ColumnParallelLinear(H, [6, 6], place, linear)
         self.gate_bias = empty_weight(E, place=place, dtype=torch.float32)
