@@ -64,7 +64,7 @@ TABLE_FP32 = {
     (DEFAULT, 512): {"SPLITS": 1, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
 }
 MIN_SPLIT_KEYS = tl.constexpr(64)  # a range has no fewer: merging would cost more than it saves
-MERGED_NUMBERS = tl.constexpr(8192)  # partial values that a merging program holds in registers
+MERGED_AT_ONCE = tl.constexpr(4)  # splits whose values a merging program has in registers
 MAX_GATHERED_TOKENS = 1 << 18  # rows x longest context of one padded batch
 
 
@@ -85,27 +85,28 @@ def _merge(
 ):
     """out[pair] = sum_s 2^(lse[s, pair] - max lse) values[s, pair] / sum_s 2^(...), over the `used`
     splits, for the row's query tokens and the heads of one group; see _split_kernel()."""
-    AT_ONCE: tl.constexpr = min(SPLITS, max(1, MERGED_NUMBERS // (ROWS * HEAD_DIM)))
+    AT_ONCE: tl.constexpr = min(SPLITS, MERGED_AT_ONCE)
     m, dims = tl.arange(0, ROWS), tl.arange(0, HEAD_DIM)
     real = m < num_queries * GROUP
     pair = first_pair + (m // GROUP).to(tl.int64) * (KV_HEADS * GROUP) + m % GROUP
-    splits = tl.arange(0, SPLITS)[:, None]
-    at = lse + splits * stride + pair[None, :]
-    shares = tl.load(at, mask=(splits < used) & real[None, :], other=0.0, cache_modifier=".cg")
-    top = tl.max(tl.where(splits < used, shares, float("-inf")), 0)  # [ROWS]
     acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    # One after the other, for no sum then crosses threads; loads of AT_ONCE are on their way.
     for start in tl.range(0, used, AT_ONCE):
-        split = start + tl.arange(0, AT_ONCE)[:, None]
-        inside = (split < used) & real[None, :]
-        result = split * stride + pair[None, :]  # [AT_ONCE, ROWS]
-        parts = tl.load(lse + result, mask=inside, other=float("-inf"), cache_modifier=".cg")
-        weights = tl.where(inside, tl.exp2(parts - top[None, :]), 0.0)
-        tile = values + result[:, :, None] * HEAD_DIM + dims[None, None, :]
-        part = tl.load(tile, mask=inside[:, :, None], other=0.0, cache_modifier=".cg")
-        acc += tl.sum(weights[:, :, None] * part, 0)
-        total += tl.sum(weights, 0)
-    acc /= tl.where(real, total, 1.0)[:, None]
+        for i in tl.static_range(AT_ONCE):
+            inside = real & (start + i < used)
+            result = (start + i) * stride + pair
+            part = tl.load(lse + result, mask=inside, other=float("-inf"), cache_modifier=".cg")
+            tile = values + result[:, None] * HEAD_DIM + dims[None, :]
+            value = tl.load(tile, mask=inside[:, None], other=0.0, cache_modifier=".cg")
+            new_top = tl.maximum(top, part)
+            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+            keep, weight = tl.exp2(top - shift), tl.exp2(part - shift)
+            acc = acc * keep[:, None] + weight[:, None] * value
+            total = total * keep + weight
+            top = new_top
+    acc /= tl.where(total > 0, total, 1.0)[:, None]
     places = out + pair[:, None] * HEAD_DIM + dims[None, :]
     tl.store(places, acc.to(out.dtype.element_ty), mask=real[:, None])
 
