@@ -1,4 +1,5 @@
-"""Launch parameters by table: an op's file holds a small dict, chosen by scripts/bench_kernels.py.
+"""Launch parameters by table: an op's file holds a small dict, chosen by scripts/bench_kernels.py;
+and how a launch may overlap the one before.
 
 Owns the choice of a row by architecture and size. Never times anything: a row is right or slow,
 and there is always a default one for cards that nobody has measured. Rows of sm_90 were found by
@@ -53,8 +54,9 @@ def overlap(device: torch.device) -> dict[str, bool]:
 
 @triton.jit
 def wait_for_inputs(PDL: tl.constexpr):
-    """Everything that earlier launches wrote may be read from here on, and nothing before; nor may
-    anything be written before. Then the next launch may place its programs.
+    """Everything that earlier launches wrote may be read from here on; before, only what none has
+    written since the device was last waited for (weights); nor may anything be written before. Then
+    the next launch may place its programs.
 
     In this order, or the next launch could start before the last but one has ended.
     """

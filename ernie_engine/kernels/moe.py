@@ -4,7 +4,8 @@
          + shared_down @ swiglu(shared_gate_up @ x[t])
 
 Each w * y is rounded to the dtype; the k of them are summed in fp32, in the order of ids, and
-rounded once; the shared experts' output, rounded, is added and the sum rounded again. With experts
+rounded once (without sorting in another order, as fixed); the shared experts' output, rounded, is
+added and the sum rounded again. With experts
 dealt out over ranks, those of other ranks add nothing here and the sum is a partial one. Never sees
 the router's bias.
 
@@ -21,8 +22,8 @@ from ernie_engine.kernels.moe_few import moe_experts_few
 from ernie_engine.kernels.moe_grouped import moe_experts_grouped
 from ernie_engine.kernels.swiglu import swiglu_torch
 
-# By tokens: 1 = without sorting. An H100 takes at 1, 2, 4, 8 tokens of 21B 66, 125, 251, 495 us
-# without, 101, 141, 195, 331 us with it: at 4 tokens 21 of 24 chosen experts are different ones.
+# By tokens: 1 = without sorting. An H100 takes at 1 / 2 / 4 / 8 tokens of 21B 67 / 127 / 251 / 495
+# us without, 101 / 141 / 174 / 311 us with it: of 24 experts chosen by 4 tokens 21 are different.
 FEW = {
     (DEFAULT, 4): {"FEW": 1},
     (DEFAULT, 5): {"FEW": 0},
@@ -43,7 +44,8 @@ def moe_experts_triton(
     shared_down: Tensor | None = None,
 ) -> Tensor:
     """As the twin; all tensors contiguous."""
-    assert all(t.is_contiguous() for t in (x, gate_up, down, weights, ids))
+    tensors = x, gate_up, down, weights, ids, shared_gate_up, shared_down
+    assert all(t is None or t.is_contiguous() for t in tensors)
     if x.numel() == 0:
         return torch.empty_like(x)
     width = 0 if shared_down is None else shared_down.shape[1]

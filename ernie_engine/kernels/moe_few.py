@@ -44,6 +44,7 @@ DOWN_CANDIDATES = [
     for warps in (2, 4, 8)
     if 4 <= 2 * block * k // (warps * 32) <= 64
 ]
+MOST_AHEAD = tl.constexpr(16384)  # weights of gate, and of up, that a program asks for ahead
 DOWN_TABLE_FP32 = {(DEFAULT, 8): {"BLOCK": 1, "BLOCK_K": 256, "STAGES": 1, "num_warps": 4}}
 
 
@@ -83,7 +84,7 @@ def _sums(
     return tl.sum(gate, 1), tl.sum(up, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_expert"])
 def _gate_up_kernel(
     x,
     gate_up,
@@ -119,7 +120,7 @@ def _gate_up_kernel(
     if part < SHARED:
         gate_rows = shared + (part * I + read) * H
         up_rows = gate_rows + SHARED * I * H
-        if PDL:
+        if PDL and BLOCK * WIDTH <= MOST_AHEAD:
             k = tl.arange(0, WIDTH)[None, :]
             gate_tile = tl.load(gate_rows + k, mask=k < H, other=0.0)
             up_tile = tl.load(up_rows + k, mask=k < H, other=0.0)
@@ -127,6 +128,7 @@ def _gate_up_kernel(
             vector = load_vector(x_row, H, WIDTH)
             gate, up = dot_rows(gate_tile, vector), dot_rows(up_tile, vector)
         else:
+            wait_for_inputs(PDL)
             gate, up = _sums(x_row, gate_rows, up_rows, H, BLOCK, BLOCK_K, STAGES)
     else:
         wait_for_inputs(PDL)
@@ -138,7 +140,7 @@ def _gate_up_kernel(
     tl.store(hidden + entry.to(tl.int64) * I + row, y, mask=row < I)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_expert"])
 def _down_kernel(
     hidden,
     down,

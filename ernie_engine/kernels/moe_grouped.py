@@ -1,4 +1,4 @@
-"""The routed experts for many tokens, as products over tokens sorted by expert: see moe.py.
+"""The experts for many tokens, as products over tokens sorted by expert: see moe.py.
 
     sort      entries (a token's choices) by expert; a list of tiles, each of one expert
     gate-up   a tile x rows of gate and up -> swiglu, in sorted order

@@ -2,8 +2,9 @@
 
     h = residual + x;  q, k, v = split(norm(h) @ qkv.T);  q, k rotated;  k, v into the cache
 
-Each rounding is that of the parts: add_rms_norm, linear, rope_and_cache. Their composition is the
-twin, and what runs for more tokens than the kernel takes.
+Each rounding is that of the parts (add_rms_norm, linear, rope_and_cache), but for the rotation's
+two products, whose sum is rounded once. Their composition is the twin, and what runs for more
+tokens than the kernel takes.
 
 Each program holds some rows of one head and norms every token for itself: a norm reads 10 kB that
 lie in the L2 cache and takes a launch and a wait away.
@@ -135,6 +136,7 @@ def norm_qkv_rope_few(
         assert residual.is_contiguous()
         total = torch.empty_like(x)
     launch = pick(TABLE, x.device, hidden)
+    assert dim % launch["BLOCK_N"] == 0, "a program's rows lie in one head"
     _norm_qkv_rope_kernel[(len(weight) // launch["BLOCK_N"],)](
         *(x, x if residual is None else residual, norm, weight),
         *(rope_table, positions, cache_slots, total, q, k_cache, v_cache, eps, num_tokens),

@@ -2,8 +2,9 @@
 
 Owns the running softmax over keys read through the block table, and how a context that was split
 comes together: each range leaves its normalised values and the logarithm of its softmax's
-denominator, a second launch weighs them, in order. A tile's rows are (query token, head) pairs
-that share one K/V head: a key is read once for all. Never reads a slot at or after `last`.
+denominator, to be weighed in order, by a second launch (below) or the last program of a row. A
+tile's rows are (query token, head) pairs that share one K/V head: a key is read once for all. Never
+reads a slot at or after `last`.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false

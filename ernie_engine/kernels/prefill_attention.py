@@ -275,7 +275,7 @@ def prefill_attention_torch(
     k_cache, v_cache [num_blocks, block_size, Hkv, D], already holding the query tokens' own K/V;
     block_tables [R, M] int32; query_start [R + 1] int32, cumulative query tokens; context_lens
     [R] int32 = cached + query tokens. Rows without query tokens are passed over.
-    `max_query_len`, the most query tokens of a row, sizes a kernel's grid; here rows are looped.
+    `max_query_len`, the most query tokens of a row, is for kernels that are sized by it.
     """
     block_size, num_kv_heads = k_cache.shape[1:3]
     group = q.shape[1] // num_kv_heads

@@ -1,8 +1,9 @@
 """Counters by which the programs of a launch know which of them is the last to finish.
 
-Every launch finds its counters at zero and leaves them so: the last program puts them back. An op
-asks for counters under its own name, so that two launches that overlap never share any. Work that
-is handed to the last program is summed in a fixed order, never in the order of arrival.
+Every launch finds its counters at zero and leaves them so: the last program puts them back. Tickets
+are drawn after wait_for_inputs(), so the launch before has put its own back; launches of an op,
+whose counters these are, come one after the other on one stream. Work that is handed to the last
+program is summed in a fixed order, never in the order of arrival.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false

@@ -89,9 +89,9 @@ class CacheFill:
 
 
 def _digest(task: dict[str, Any]) -> str:
-    """Of all that kernels depend on."""
-    kernels = sorted((_SOURCES / "ernie_engine" / "kernels").glob("*.py"))
-    sources = [path.read_text("utf-8") for path in kernels]
+    """Of all that kernels depend on, and of what decides which there are."""
+    folders = (_SOURCES / "ernie_engine" / name for name in ("kernels", "model"))
+    sources = [path.read_text("utf-8") for f in folders for path in sorted(f.glob("*.py"))]
     known = json.dumps([task, torch.__version__, TRITON_VERSION, sources], sort_keys=True)
     return hashlib.sha256(known.encode()).hexdigest()
 

@@ -86,7 +86,6 @@ _PART = {
     "properties": {"type": {"const": "text"}, "text": _TEXT},
     "required": ["type", "text"],
 }
-_PARTS = {"type": "array", "items": _PART}
 Messages = Annotated[
     Any,
     WithJsonSchema(

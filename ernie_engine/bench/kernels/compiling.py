@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia import driver as nvidia
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -66,12 +65,6 @@ def compiling_for(arch: int) -> Iterator[dict[str, CompiledKernel]]:
 def compile_case(case: KernelCase) -> None:
     """With the tables as they are; inside compiling_for()."""
     IMPLEMENTATIONS[case.op]["triton"](*case.make(META))
-
-
-def build_launchers(kernels: Iterable[CompiledKernel]) -> None:
-    """The C function that starts each kernel, which Triton builds when it first runs."""
-    for kernel in kernels:
-        nvidia.CudaLauncher(kernel.src, kernel.metadata)
 
 
 def in_processes(function: Any, tasks: Iterable[Any], jobs: int) -> Iterator[Any]:

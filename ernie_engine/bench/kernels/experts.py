@@ -1,4 +1,4 @@
-"""Cases of the router and of the routed experts."""
+"""Cases of the router, also fused with its norm, and of the experts."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any

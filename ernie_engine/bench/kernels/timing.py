@@ -4,7 +4,8 @@ Work comes as equal pieces over arguments of their own, so that a run of all of 
 memory what a step would, and what a step finds in the cache (activations) may be there. On a GPU
 what is timed is the replay of a graph of the pieces: no launch waits for Python, and the replay's
 own beginning is shared by all. A twin that waits for the device cannot be captured and is timed as
-it runs in an engine.
+it runs in an engine. Kernels that may overlap the launch before them do so here, with themselves:
+what they load ahead is loaded while the piece before ends.
 """
 
 import statistics
