@@ -2,11 +2,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ernie_engine.kernels import moe, moe_grouped
+from ernie_engine.kernels import expert_sort, moe, moe_grouped
+from ernie_engine.kernels.expert_sort import sort_by_expert
 from ernie_engine.kernels.launch import DEFAULT
 from ernie_engine.kernels.moe import moe_experts_torch
 from ernie_engine.kernels.moe_few import moe_experts_few
-from ernie_engine.kernels.moe_grouped import moe_experts_grouped, sort_by_expert
+from ernie_engine.kernels.moe_grouped import moe_experts_grouped
 from tests.kernels.tile_check import assert_as_near_as_twin, half_and_single, where_kernels_run
 
 
@@ -227,7 +228,7 @@ def check_sort(ids, num_experts, first_expert, block_m):
 
 def sort_in(monkeypatch, block, round_size):
     row = {"BLOCK": block, "ROUND": round_size, "num_warps": 4}
-    monkeypatch.setattr(moe_grouped, "SORT_TABLE", {(DEFAULT, 1): row})
+    monkeypatch.setattr(expert_sort, "SORT_TABLE", {(DEFAULT, 1): row})
 
 
 @pytest.mark.parametrize(("num_experts", "first_expert"), [(1, 0), (5, 0), (5, 3)])

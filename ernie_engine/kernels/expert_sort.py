@@ -1,0 +1,174 @@
+"""Entries (a token's choices of experts) in the order of their experts, and tiles of them.
+
+Owns the order and the bounds of tiles, both made on the device: programs count blocks of entries,
+then place them behind all that the counts say comes before. Stable, without atomics, and nothing
+is counted on the host. Never sees a weight.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false
+# (a launch gives ints where a kernel has constexprs, and options that it has no parameter for)
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ernie_engine.kernels.launch import DEFAULT, overlap, pick, wait_for_inputs
+
+# By entries. BLOCK: those of a program, of which it looks at ROUND together.
+SORT_TABLE = {
+    (DEFAULT, 64): {"BLOCK": 64, "ROUND": 64, "num_warps": 4},
+    (DEFAULT, 128): {"BLOCK": 128, "ROUND": 128, "num_warps": 4},
+    (DEFAULT, 256): {"BLOCK": 256, "ROUND": 128, "num_warps": 4},
+    (DEFAULT, 1 << 20): {"BLOCK": 512, "ROUND": 128, "num_warps": 4},
+}
+
+
+class Tiles(NamedTuple):
+    """The work of the two products. `order` [T k] holds the entries sorted by expert; tile i is
+    bounds[1, i] .. bounds[2, i] - 1 of it, all of expert bounds[0, i], or empty."""
+
+    order: Tensor  # [T k] int32; an entry is token * k + choice
+    bounds: Tensor  # [3, num_tiles] int32
+
+
+@triton.jit
+def _one_hot(ids, start, num_entries, first_expert, EXPERTS: tl.constexpr, ROUND: tl.constexpr):
+    """[ROUND, EXPERTS] int32: does entry start + i belong to the local expert e?"""
+    entry = start + tl.arange(0, ROUND)
+    # Those beyond the last match no expert; other ranks' none, or columns behind our experts'.
+    local = tl.load(ids + entry, mask=entry < num_entries, other=-1) - first_expert
+    return (local[:, None] == tl.arange(0, EXPERTS)[None, :]).to(tl.int32)
+
+
+@triton.jit
+def _count(
+    ids,
+    first,
+    num_entries,
+    first_expert,
+    EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROUND: tl.constexpr,
+):
+    """How many of the entries first .. first + BLOCK - 1 each expert has: [EXPERTS]."""
+    counts = tl.zeros([EXPERTS], tl.int32)
+    for start in tl.range(first, first + BLOCK, ROUND):
+        counts += tl.sum(_one_hot(ids, start, num_entries, first_expert, EXPERTS, ROUND), 0)
+    return counts
+
+
+@triton.jit(do_not_specialize=["num_entries", "first_expert"])
+def _count_kernel(
+    ids,
+    counts,
+    num_entries,
+    first_expert,
+    EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROUND: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """ids [T k] -> counts [blocks, EXPERTS]: of BLOCK entries each."""
+    wait_for_inputs(PDL)
+    block = tl.program_id(0)
+    found = _count(ids, block * BLOCK, num_entries, first_expert, EXPERTS, BLOCK, ROUND)
+    tl.store(counts + block * EXPERTS + tl.arange(0, EXPERTS), found)
+
+
+@triton.jit(do_not_specialize=["num_entries", "num_blocks", "num_tiles", "first_expert"])
+def _place_kernel(
+    ids,
+    counts,
+    order,
+    bounds,
+    num_entries,
+    num_blocks,
+    num_tiles,
+    first_expert,
+    NUM_EXPERTS: tl.constexpr,
+    EXPERTS: tl.constexpr,  # a power of two
+    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROUND: tl.constexpr,
+    COUNTED: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The first programs put BLOCK entries each into their places, the others an expert's tiles.
+
+    An entry stands behind those of all lower experts, then behind its own expert's of earlier
+    blocks, then of its own block. An expert's tiles begin at first // BLOCK_M + expert: no two
+    experts share one, each has at least as many as it needs and at most one more, and nobody has
+    to know the others'.
+    """
+    wait_for_inputs(PDL)
+    block, experts = tl.program_id(0), tl.arange(0, EXPERTS)
+    total = tl.zeros([EXPERTS], tl.int32)
+    earlier = tl.zeros([EXPERTS], tl.int32)
+    if COUNTED:
+        for start in tl.range(0, num_blocks, AT_ONCE):
+            blocks = start + tl.arange(0, AT_ONCE)[:, None]
+            at = counts + blocks * EXPERTS + experts[None, :]
+            part = tl.load(at, mask=blocks < num_blocks, other=0)
+            total += tl.sum(part, 0)
+            earlier += tl.sum(tl.where(blocks < block, part, 0), 0)
+    else:  # all entries are one block's: a launch less
+        total = _count(ids, 0, num_entries, first_expert, EXPERTS, BLOCK, ROUND)
+    begin = tl.cumsum(total, 0) - total  # of each expert
+    if block < num_blocks:
+        place = begin + earlier
+        for start in tl.range(block * BLOCK, (block + 1) * BLOCK, ROUND):
+            hot = _one_hot(ids, start, num_entries, first_expert, EXPERTS, ROUND)
+            places = tl.sum(hot * (place[None, :] + tl.cumsum(hot, 0) - 1), 1)
+            local = tl.sum(hot, 1) > 0
+            tl.store(order + places, start + tl.arange(0, ROUND), mask=local)
+            place += tl.sum(hot, 0)
+    else:
+        expert = block - num_blocks
+        first = tl.sum(tl.where(experts == expert, begin, 0))
+        last = first + tl.sum(tl.where(experts == expert, total, 0))
+        first_tile = first // BLOCK_M + expert
+        end_tile = last // BLOCK_M + expert + 1
+        if expert == NUM_EXPERTS - 1:
+            end_tile = num_tiles
+        for start in tl.range(first_tile, end_tile, ROUND):
+            tile = start + tl.arange(0, ROUND)
+            left = tl.minimum(first + (tile - first_tile) * BLOCK_M, last)
+            mine = tile < end_tile
+            tl.store(bounds + tile, tl.zeros([ROUND], tl.int32) + expert, mask=mine)
+            tl.store(bounds + num_tiles + tile, left, mask=mine)
+            tl.store(bounds + 2 * num_tiles + tile, tl.minimum(left + BLOCK_M, last), mask=mine)
+
+
+def sort_by_expert(ids: Tensor, num_experts: int, first_expert: int, block_m: int) -> Tiles:
+    """ids [T, k] -> the tiles of the experts first_expert .. first_expert + num_experts - 1.
+
+    Stable, and without atomics: blocks of entries are counted, then placed behind all that the
+    counts say comes before them.
+    """
+    num_entries, device = ids.numel(), ids.device
+    num_tiles = num_entries // block_m + num_experts
+    order = torch.empty(num_entries, dtype=torch.int32, device=device)
+    bounds = torch.empty(3, num_tiles, dtype=torch.int32, device=device)
+    launch, experts = pick(SORT_TABLE, device, num_entries), triton.next_power_of_2(num_experts)
+    num_blocks = triton.cdiv(num_entries, launch["BLOCK"])
+    overlapping = overlap(device)
+    counts = torch.empty(num_blocks, experts, dtype=torch.int32, device=device)
+    if num_blocks > 1:
+        _count_kernel[(num_blocks,)](
+            *(ids, counts, num_entries, first_expert), EXPERTS=experts, **launch, **overlapping
+        )
+    _place_kernel[(num_blocks + num_experts,)](
+        *(ids, counts, order, bounds, num_entries, num_blocks, num_tiles, first_expert),
+        NUM_EXPERTS=num_experts,
+        EXPERTS=experts,
+        BLOCK_M=block_m,
+        COUNTED=num_blocks > 1,
+        AT_ONCE=32,
+        **launch,
+        **overlapping,
+    )
+    return Tiles(order, bounds)
