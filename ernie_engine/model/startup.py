@@ -8,7 +8,6 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -113,62 +112,104 @@ def open_model(
     give up.
     """
     started, counter = time.monotonic(), compile_counter()
-    config, model_config = description.config, description.model_config
-    device = torch.device(config.device)
+    config, device = description.config, torch.device(description.config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     ops = select(config.kernels, device.type)
     if config.log_kernels:
         ops = ops.counted()
     place = Placement(mesh or Mesh(), getattr(torch, config.dtype), device)
-    layers = deal_layers(model_config, place.mesh.pp_size)[place.mesh.pp_rank]
     shows_bar = place.mesh.pp_rank == place.mesh.tp_rank == 0
     compiles = device.type == "cuda" and "triton" in ops.implementations().values()
-    model = Ernie(model_config, ops, place, config.max_model_len, layers)
-    with ExitStack() as stack:
-        cache_fill = None
-        if compiles and description.world.local_rank == 0:
-            cache_fill = stack.enter_context(CacheFill(config, model_config, place.mesh))
-        _fill(model, description, place.mesh, alive)
-        if cache_fill is not None:
-            cache_fill.wait(partial(alive, State.COMPILING), shows_bar)
+    model = _load(description, ops, place, compiles, alive, shows_bar)
     if compiles:
         agree(0)  # on every host all is compiled
-    geometry = KVGeometry(
-        num_layers=len(layers),
-        num_kv_heads=place.mesh.share_of_kv_heads(model_config.num_key_value_heads),
-        head_dim=model_config.head_dim,
-        block_size=config.block_size,
-        dtype=place.dtype,
-    )
-    slots = Slots(config.max_num_seqs, config.max_model_len, config.block_size, device)
-    depth = config.max_steps_in_flight
-
-    def runner_with(kv: KVCache, graphs: StepGraphs = NO_GRAPHS) -> ModelRunner:
-        pipe = Pipe(place, model_config.hidden_size, depth)
-        return ModelRunner(model, ops, slots, kv, pipe, depth, config.debug, graphs)
-
-    recorder, shapes = _recorder_for(config, ops), graph_shapes(config)
-    stream = None if recorder is None else _made_up_stream(shapes, place, model_config.hidden_size)
-
-    def maker_with(kv: KVCache) -> GraphMaker | None:
-        if recorder is None:
-            return None
-        return GraphMaker(Forward(model, slots, kv), shapes, recorder, stream)
-
+    parts = _put_down(description, model, place)
     alive(State.COMPILING)  # the first step compiles kernels
-    budget, for_graphs, why = _kv_bytes(config, geometry, runner_with, maker_with)
-    num_blocks = agree(geometry.blocks_in(budget))
-    _tell_blocks(config, geometry, num_blocks, budget, why)
-    kv, graphs = KVCache(geometry, num_blocks, device), NO_GRAPHS
+    budget, for_graphs, why = _kv_bytes(config, parts.geometry, parts.runner, parts.maker)
+    num_blocks = agree(parts.geometry.blocks_in(budget))
+    _tell_blocks(config, parts.geometry, num_blocks, budget, why)
+    kv, graphs = KVCache(parts.geometry, num_blocks, device), NO_GRAPHS
     if compiles:
-        _compile_kernels(config, runner_with(kv), alive, shows_bar)
-    if (maker := maker_with(kv)) is not None:
+        _compile_kernels(config, parts.runner(kv), alive, shows_bar)
+    if (maker := parts.maker(kv)) is not None:
         graphs = make_graphs(maker, for_graphs, partial(alive, State.COMPILING), shows_bar)
-    runner = runner_with(kv, graphs)
+    runner = parts.runner(kv, graphs)
     took = time.monotonic() - started
     logger.info("the model is ready after %.1f s, with %d kernels", took, counter.count)
     return runner
+
+
+def _load(
+    description: Description,
+    ops: Ops,
+    place: Placement,
+    compiles: bool,
+    alive: Callable[[State], None],
+    shows_bar: bool,
+) -> Ernie:
+    """This stage's layers with their weights; meanwhile other processes compile kernels."""
+    config, model_config = description.config, description.model_config
+    layers = deal_layers(model_config, place.mesh.pp_size)[place.mesh.pp_rank]
+    model = Ernie(model_config, ops, place, config.max_model_len, layers)
+    if not compiles or description.world.local_rank > 0:
+        _fill(model, description, place.mesh, alive)
+        return model
+    with CacheFill(config, model_config, place.mesh) as cache_fill:
+        _fill(model, description, place.mesh, alive)
+        cache_fill.wait(partial(alive, State.COMPILING), shows_bar)
+    return model
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What runners and graphs of one rank are made from, whatever cache they get."""
+
+    config: ResolvedConfig
+    model: Ernie
+    place: Placement
+    hidden_size: int
+    slots: Slots
+    geometry: KVGeometry
+    recorder: Recorder | None
+    shapes: GraphShapes
+    stream: Tensor | None
+
+    def runner(self, kv: KVCache, graphs: StepGraphs = NO_GRAPHS) -> ModelRunner:
+        depth, debug = self.config.max_steps_in_flight, self.config.debug
+        pipe = Pipe(self.place, self.hidden_size, depth)
+        return ModelRunner(self.model, self.model.ops, self.slots, kv, pipe, depth, debug, graphs)
+
+    def maker(self, kv: KVCache) -> GraphMaker | None:
+        """None where nothing is recorded."""
+        if self.recorder is None:
+            return None
+        forward = Forward(self.model, self.slots, kv)
+        return GraphMaker(forward, self.shapes, self.recorder, self.stream)
+
+
+def _put_down(description: Description, model: Ernie, place: Placement) -> _Parts:
+    """Slots, and how large blocks and graphs will be."""
+    config, model_config = description.config, description.model_config
+    recorder, shapes = _recorder_for(config, model.ops), graph_shapes(config)
+    hidden_size = model_config.hidden_size
+    return _Parts(
+        config,
+        model,
+        place,
+        hidden_size,
+        Slots(config.max_num_seqs, config.max_model_len, config.block_size, place.device),
+        KVGeometry(
+            num_layers=len(model.layers),
+            num_kv_heads=place.mesh.share_of_kv_heads(model_config.num_key_value_heads),
+            head_dim=model_config.head_dim,
+            block_size=config.block_size,
+            dtype=place.dtype,
+        ),
+        recorder,
+        shapes,
+        None if recorder is None else _made_up_stream(shapes, place, hidden_size),
+    )
 
 
 def _recorder_for(config: ResolvedConfig, ops: Ops) -> Recorder | None:
