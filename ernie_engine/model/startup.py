@@ -1,7 +1,7 @@
 """From a folder to a runner that is ready: configuration, weights, memory.
 
 Start-up values flow once: config resolved -> model filled -> memory measured -> K/V cache made ->
-kernels asked for -> graphs recorded. Owns that order and the arithmetic it prints. Runs no request.
+kernels asked for -> graphs recorded. Owns that order. Runs no request.
 """
 
 import logging
@@ -34,8 +34,9 @@ from ernie_engine.model.graphs import (
 )
 from ernie_engine.model.kernel_cache import CacheFill
 from ernie_engine.model.kv_cache import KVCache, KVGeometry
-from ernie_engine.model.recording import GraphMaker, bytes_of_graphs, make_graphs
-from ernie_engine.model.rehearsal import compiling_plans, largest_plan, rehearse
+from ernie_engine.model.memory import GIB, kv_bytes, tell_blocks
+from ernie_engine.model.recording import GraphMaker, make_graphs
+from ernie_engine.model.rehearsal import compiling_plans, rehearse
 from ernie_engine.model.runner import ModelRunner
 from ernie_engine.model.slots import Slots
 from ernie_engine.model.weights import fill_dummy, load_weights
@@ -46,8 +47,6 @@ from ernie_engine.parallel.planner import Grid, choose_grid, deal_layers
 from ernie_engine.parallel.world import World
 
 logger = logging.getLogger(__name__)
-GIB = 1 << 30
-CPU_KV_BYTES = 4 * GIB
 
 
 @dataclass(frozen=True)
@@ -126,9 +125,9 @@ def open_model(
         agree(0)  # on every host all is compiled
     parts = _put_down(description, model, place)
     alive(State.COMPILING)  # the first step compiles kernels
-    budget, for_graphs, why = _kv_bytes(config, parts.geometry, parts.runner, parts.maker)
+    budget, for_graphs, why = kv_bytes(config, parts.geometry, parts.runner, parts.maker)
     num_blocks = agree(parts.geometry.blocks_in(budget))
-    _tell_blocks(config, parts.geometry, num_blocks, budget, why)
+    tell_blocks(config, parts.geometry, num_blocks, budget, why)
     kv, graphs = KVCache(parts.geometry, num_blocks, device), NO_GRAPHS
     if compiles:
         _compile_kernels(config, parts.runner(kv), alive, shows_bar)
@@ -271,71 +270,3 @@ def _fill(
     took = time.monotonic() - started
     made = "made" if checkpoint is None else "loaded"
     logger.info("weights: %.2f GiB %s in %.1f s", num_bytes / GIB, made, took)
-
-
-def _kv_bytes(
-    config: ResolvedConfig,
-    geometry: KVGeometry,
-    runner_with: Callable[[KVCache], ModelRunner],
-    maker_with: Callable[[KVCache], GraphMaker | None],
-) -> tuple[int, int, str]:
-    """The memory for K/V blocks, what was set aside for graphs, and why so much."""
-    if config.kv_cache_memory_bytes is not None:
-        return config.kv_cache_memory_bytes, 0, "kv_cache_memory_bytes"
-    if config.device.startswith("cuda"):
-        return _measure_free_memory(config, geometry, runner_with, maker_with)
-    one = geometry.blocks_for(config.max_model_len) * geometry.bytes_per_block
-    why = "the CPU default: 4 GiB, but from 1 to max_num_seqs requests of full length"
-    return max(one, min(CPU_KV_BYTES, config.max_num_seqs * one)), 0, why
-
-
-def _tell_blocks(
-    config: ResolvedConfig, geometry: KVGeometry, num_blocks: int, num_bytes: int, why: str
-) -> None:
-    """Show the arithmetic; ValueError unless one request of full length fits."""
-    needed = geometry.blocks_for(config.max_model_len)
-    g, tokens = geometry, num_blocks * geometry.block_size
-    logger.info(
-        "K/V cache: 2 x %d layers x %d heads x %d x %d bytes = %d bytes a token; "
-        "%.2f GiB (%s) -> %d blocks of %d = %d tokens = %.1f x max_model_len %d",
-        *(g.num_layers, g.num_kv_heads, g.head_dim, g.dtype.itemsize, g.bytes_per_token),
-        *(num_bytes / GIB, why, num_blocks, g.block_size, tokens),
-        *(tokens / config.max_model_len, config.max_model_len),
-    )
-    if num_blocks < needed:
-        raise ValueError(
-            f"max_model_len={config.max_model_len} needs {needed} K/V blocks and {num_blocks} fit "
-            f"({why}): lower max_model_len to {tokens} or give the cache more memory"
-        )
-
-
-def _measure_free_memory(
-    config: ResolvedConfig,
-    geometry: KVGeometry,
-    runner_with: Callable[[KVCache], ModelRunner],
-    maker_with: Callable[[KVCache], GraphMaker | None],
-) -> tuple[int, int, str]:
-    """What gpu_memory_utilization leaves after the largest step the engine can be asked for, and
-    the graphs. With several ranks all take that step together."""
-    device = torch.device(config.device)
-    kv = KVCache(geometry, 1, device)
-    runner = runner_with(kv)
-    torch.cuda.reset_peak_memory_stats(device)
-    plan = largest_plan(config)
-    rehearse(runner, plan)
-    torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device)
-    peak += runner.pipe.most_bytes(sum(plan.num_tokens))
-    for_graphs = 0
-    if (maker := maker_with(kv)) is not None:
-        for_graphs = bytes_of_graphs(maker, runner.pipe.bytes_per_token)
-    del runner, maker, kv
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    others = total - free - torch.cuda.memory_reserved(device)
-    left = int(total * config.gpu_memory_utilization) - peak - for_graphs - others
-    why = (
-        f"{config.gpu_memory_utilization} x {total / GIB:.1f} GiB - {peak / GIB:.1f} measured peak"
-        f" - {for_graphs / GIB:.2f} for CUDA graphs - {others / GIB:.1f} outside torch"
-    )
-    return max(0, left), for_graphs, why

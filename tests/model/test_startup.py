@@ -8,7 +8,7 @@ import torch
 from ernie_engine.engine.plan import NO_LOGPROBS
 from ernie_engine.engine_config import EngineConfig, ResolvedConfig
 from ernie_engine.kernels.decode_attention import MAX_GATHERED_TOKENS
-from ernie_engine.model import startup
+from ernie_engine.model import memory
 from ernie_engine.model.kv_cache import KVCache, KVGeometry
 from ernie_engine.model.rehearsal import largest_plan, release_plan
 from ernie_engine.model.runner import PROMPT_LOGITS_CHUNK
@@ -39,9 +39,9 @@ def test_one_request_of_full_length_must_fit(tiny):
 def test_on_a_cpu_the_cache_holds_what_all_slots_can_use_within_the_default(tiny, monkeypatch):
     fields = {"max_model_len": 100, "max_num_seqs": 4}
     assert num_blocks(tiny, **fields) == 4 * 7
-    monkeypatch.setattr(startup, "CPU_KV_BYTES", 20 * BLOCK_BYTES + 5)
+    monkeypatch.setattr(memory, "CPU_KV_BYTES", 20 * BLOCK_BYTES + 5)
     assert num_blocks(tiny, **fields) == 20
-    monkeypatch.setattr(startup, "CPU_KV_BYTES", 1)
+    monkeypatch.setattr(memory, "CPU_KV_BYTES", 1)
     assert num_blocks(tiny, **fields) == 7  # one request of full length at least
     monkeypatch.undo()
     assert num_blocks(tiny, **fields, kv_cache_memory_bytes=9 * BLOCK_BYTES) == 9
@@ -142,7 +142,7 @@ def test_the_largest_step_runs_and_leaves_the_slots_free(tiny, sizes):
 
 def test_the_cache_gets_what_the_measured_step_and_others_leave(tiny, monkeypatch):
     description = describe(config_of(tiny, gpu_memory_utilization=0.75, max_num_seqs=2))
-    runner, gib = open_model(description), startup.GIB
+    runner, gib = open_model(description), memory.GIB
     numbers = {
         "synchronize": None,
         "reset_peak_memory_stats": None,
@@ -154,10 +154,10 @@ def test_the_cache_gets_what_the_measured_step_and_others_leave(tiny, monkeypatc
     for name, value in numbers.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     parts = description.config, runner.kv.geometry, lambda kv: runner, lambda kv: None
-    assert startup._measure_free_memory(*parts)[0] == (60 - 20 - 4) * gib
+    assert memory.measure_free_memory(*parts)[0] == (60 - 20 - 4) * gib
     assert not runner.state.specs
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 70 * gib)
-    assert startup._measure_free_memory(*parts)[0] == 0
+    assert memory.measure_free_memory(*parts)[0] == 0
 
 
 def test_other_ranks_are_told_what_fits_here_and_their_word_counts(tiny):
