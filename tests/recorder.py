@@ -22,7 +22,7 @@ class Rerun:
             for place, value in zip(places, _flat(work()), strict=True):
                 place.copy_(value)
 
-        return (StepRows(*places[:3]), places[3]), replay
+        return (StepRows(*places[:-1]), places[-1]), replay
 
 
 def _flat(output) -> list[torch.Tensor]:

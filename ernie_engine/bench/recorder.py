@@ -146,20 +146,30 @@ class Tracer:
         self._events: list[Event] = []
 
     def trace(self, name: str, excerpt: Excerpt, run: Callable[[], object]) -> dict[str, Any]:
-        """Call run() and keep the excerpt's steps; their figures, as trace.summarize()."""
-        recorder = Recorder(excerpt, self._gpu, self._origin_ns, self._depth)
+        """Call run() and keep the excerpt's steps; their figures, as trace.summarize(). With a GPU
+        it is called once more before, without the profiler, which costs the host as much again:
+        the host's figures are of that run, as `host_alone_us` and `phases_alone_us`."""
+        alone: dict[str, Any] = {}
+        if self._gpu is not None:
+            figures = summarize(self._steps(name, excerpt, run, None), has_gpu=False)
+            kept = "host_us", "phases_us"
+            alone = {f"{k.removesuffix('_us')}_alone_us": figures[k] for k in kept if k in figures}
+        steps = self._steps(name, excerpt, run, self._gpu)
+        self._events += steps
+        return summarize(steps, self._gpu is not None) | alone
+
+    def _steps(
+        self, name: str, excerpt: Excerpt, run: Callable[[], object], gpu: GpuProfile | None
+    ) -> list[Event]:
+        recorder = Recorder(excerpt, gpu, self._origin_ns, self._depth)
         self._phases.watcher = recorder
         try:
             run()
         finally:
             self._phases.watcher = None
             recorder.stop()
-        events = recorder.events
-        if self._gpu is not None:
-            events += self._gpu.take_events(self._origin_ns)
-        steps = cut_steps(events, name, excerpt.settle, excerpt.num_steps)
-        self._events += steps
-        return summarize(steps, self._gpu is not None)
+        events = recorder.events + ([] if gpu is None else gpu.take_events(self._origin_ns))
+        return cut_steps(events, name, excerpt.settle, excerpt.num_steps)
 
     def write(self) -> None:
         trace = {"displayTimeUnit": "ms", "traceEvents": self._events}

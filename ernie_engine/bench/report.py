@@ -48,14 +48,22 @@ def trace_lines(trace: Mapping[str, Any]) -> str:
     """The figures of one case's traced steps (trace.summarize()), under its step_line()."""
     if trace["steps"] == 0:
         return "  no step of the whole batch was traced: it takes more new tokens"
-    phases = ", ".join(f"{name} {us:,.0f}" for name, us in trace["phases_us"].items())
     lines = [
         f"  traced {trace['steps']} steps of {trace['step_us']:,.0f} us (medians): "
         f"host {trace['host_us']:,.0f} us, waiting {trace['waited_us']:,.0f} us",
-        f"  phases, us: {phases}",
+        f"  phases, us: {_phases(trace['phases_us'])}",
     ]
+    if "host_alone_us" in trace:
+        lines += [
+            f"  without the profiler: host {trace['host_alone_us']:,.0f} us: "
+            f"{_phases(trace['phases_alone_us'])}"
+        ]
     gpu = [f"  {trace['note']}"] if trace["gpu"] is None else _gpu_lines(trace["gpu"])
     return "\n".join(lines + gpu)
+
+
+def _phases(phases: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {us:,.0f}" for name, us in phases.items())
 
 
 def _gpu_lines(gpu: Mapping[str, Any]) -> list[str]:

@@ -37,11 +37,13 @@ TABLE = {
     (DEFAULT, 16): {"SPLITS": 8, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     (DEFAULT, 128): {"SPLITS": 4, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     (DEFAULT, 512): {"SPLITS": 1, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-    ("sm_90", 2): {"SPLITS": 64, "BLOCK_N": 64, "num_warps": 2, "num_stages": 5},
-    ("sm_90", 4): {"SPLITS": 32, "BLOCK_N": 64, "num_warps": 2, "num_stages": 5},
-    ("sm_90", 16): {"SPLITS": 16, "BLOCK_N": 64, "num_warps": 2, "num_stages": 5},
-    ("sm_90", 64): {"SPLITS": 8, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-    ("sm_90", 256): {"SPLITS": 1, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3},
+    ("sm_90", 1): {"SPLITS": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 5},
+    ("sm_90", 4): {"SPLITS": 32, "BLOCK_N": 128, "num_warps": 4, "num_stages": 5},
+    ("sm_90", 8): {"SPLITS": 16, "BLOCK_N": 128, "num_warps": 4, "num_stages": 5},
+    ("sm_90", 16): {"SPLITS": 8, "BLOCK_N": 128, "num_warps": 4, "num_stages": 5},
+    ("sm_90", 32): {"SPLITS": 4, "BLOCK_N": 128, "num_warps": 4, "num_stages": 5},
+    ("sm_90", 64): {"SPLITS": 2, "BLOCK_N": 128, "num_warps": 4, "num_stages": 5},
+    ("sm_90", 128): {"SPLITS": 1, "BLOCK_N": 128, "num_warps": 4, "num_stages": 5},
     ("sm_90", 1024): {"SPLITS": 1, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
 }
 CANDIDATES = [

@@ -1,8 +1,9 @@
 """Entries (a token's choices of experts) in the order of their experts, and tiles of them.
 
-Owns the order and the bounds of tiles, both made on the device: programs count blocks of entries,
-then place them behind all that the counts say comes before. Stable, without atomics, and nothing
-is counted on the host. Never sees a weight.
+Owns the order and the bounds of tiles, both made on the device: programs place blocks of entries
+behind all that counts say comes before. Few entries each program counts for itself; for many a
+launch before counts the blocks. Stable, no order depends on a race, and nothing is counted on the
+host. Never sees a weight.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -17,13 +18,15 @@ from torch import Tensor
 
 from ernie_engine.kernels.launch import DEFAULT, overlap, pick, wait_for_inputs
 
-# By entries. BLOCK: those of a program, of which it looks at ROUND together.
+# By entries. BLOCK: those of a program, of which it looks at ROUND together. AT_ONCE: as many as
+# there may be, where each program counts them all; 0: they were counted by a launch before.
 SORT_TABLE = {
-    (DEFAULT, 64): {"BLOCK": 64, "ROUND": 64, "num_warps": 4},
-    (DEFAULT, 128): {"BLOCK": 128, "ROUND": 128, "num_warps": 4},
-    (DEFAULT, 256): {"BLOCK": 256, "ROUND": 128, "num_warps": 4},
-    (DEFAULT, 1 << 20): {"BLOCK": 512, "ROUND": 128, "num_warps": 4},
+    (DEFAULT, 64): {"BLOCK": 64, "ROUND": 64, "AT_ONCE": 64, "num_warps": 4},
+    (DEFAULT, 512): {"BLOCK": 128, "ROUND": 128, "AT_ONCE": 512, "num_warps": 4},
+    (DEFAULT, 2048): {"BLOCK": 128, "ROUND": 128, "AT_ONCE": 2048, "num_warps": 4},
+    (DEFAULT, 1 << 20): {"BLOCK": 512, "ROUND": 128, "AT_ONCE": 0, "num_warps": 4},
 }
+BLOCKS_AT_ONCE = tl.constexpr(32)  # counts that a program adds up together
 
 
 class Tiles(NamedTuple):
@@ -44,20 +47,22 @@ def _one_hot(ids, start, num_entries, first_expert, EXPERTS: tl.constexpr, ROUND
 
 
 @triton.jit
-def _count(
+def _count_all(
     ids,
-    first,
+    before,
     num_entries,
     first_expert,
+    NUM_EXPERTS: tl.constexpr,
     EXPERTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROUND: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
-    """How many of the entries first .. first + BLOCK - 1 each expert has: [EXPERTS]."""
-    counts = tl.zeros([EXPERTS], tl.int32)
-    for start in tl.range(first, first + BLOCK, ROUND):
-        counts += tl.sum(_one_hot(ids, start, num_entries, first_expert, EXPERTS, ROUND), 0)
-    return counts
+    """How many entries each expert has of all, and of the first `before`: [EXPERTS] each."""
+    entry = tl.arange(0, AT_ONCE)
+    local = tl.load(ids + entry, mask=entry < num_entries, other=-1).to(tl.int32) - first_expert
+    ours = (entry < num_entries) & (local >= 0) & (local < NUM_EXPERTS)
+    local = tl.where(ours, local, 0)
+    total = tl.histogram(local, EXPERTS, mask=ours)
+    return total, tl.histogram(local, EXPERTS, mask=ours & (entry < before))
 
 
 @triton.jit(do_not_specialize=["num_entries", "first_expert"])
@@ -74,7 +79,9 @@ def _count_kernel(
     """ids [T k] -> counts [blocks, EXPERTS]: of BLOCK entries each."""
     wait_for_inputs(PDL)
     block = tl.program_id(0)
-    found = _count(ids, block * BLOCK, num_entries, first_expert, EXPERTS, BLOCK, ROUND)
+    found = tl.zeros([EXPERTS], tl.int32)
+    for start in tl.range(block * BLOCK, (block + 1) * BLOCK, ROUND):
+        found += tl.sum(_one_hot(ids, start, num_entries, first_expert, EXPERTS, ROUND), 0)
     tl.store(counts + block * EXPERTS + tl.arange(0, EXPERTS), found)
 
 
@@ -93,7 +100,6 @@ def _place_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK: tl.constexpr,
     ROUND: tl.constexpr,
-    COUNTED: tl.constexpr,
     AT_ONCE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -108,15 +114,17 @@ def _place_kernel(
     block, experts = tl.program_id(0), tl.arange(0, EXPERTS)
     total = tl.zeros([EXPERTS], tl.int32)
     earlier = tl.zeros([EXPERTS], tl.int32)
-    if COUNTED:
-        for start in tl.range(0, num_blocks, AT_ONCE):
-            blocks = start + tl.arange(0, AT_ONCE)[:, None]
+    if AT_ONCE == 0:
+        for start in tl.range(0, num_blocks, BLOCKS_AT_ONCE):
+            blocks = start + tl.arange(0, BLOCKS_AT_ONCE)[:, None]
             at = counts + blocks * EXPERTS + experts[None, :]
             part = tl.load(at, mask=blocks < num_blocks, other=0)
             total += tl.sum(part, 0)
             earlier += tl.sum(tl.where(blocks < block, part, 0), 0)
-    else:  # all entries are one block's: a launch less
-        total = _count(ids, 0, num_entries, first_expert, EXPERTS, BLOCK, ROUND)
+    else:  # a launch less
+        total, earlier = _count_all(
+            ids, block * BLOCK, num_entries, first_expert, NUM_EXPERTS, EXPERTS, AT_ONCE
+        )
     begin = tl.cumsum(total, 0) - total  # of each expert
     if block < num_blocks:
         place = begin + earlier
@@ -146,8 +154,7 @@ def _place_kernel(
 def sort_by_expert(ids: Tensor, num_experts: int, first_expert: int, block_m: int) -> Tiles:
     """ids [T, k] -> the tiles of the experts first_expert .. first_expert + num_experts - 1.
 
-    Stable, and without atomics: blocks of entries are counted, then placed behind all that the
-    counts say comes before them.
+    Stable: entries of an expert keep their order.
     """
     num_entries, device = ids.numel(), ids.device
     num_tiles = num_entries // block_m + num_experts
@@ -157,17 +164,20 @@ def sort_by_expert(ids: Tensor, num_experts: int, first_expert: int, block_m: in
     num_blocks = triton.cdiv(num_entries, launch["BLOCK"])
     overlapping = overlap(device)
     counts = torch.empty(num_blocks, experts, dtype=torch.int32, device=device)
-    if num_blocks > 1:
+    if not launch["AT_ONCE"]:
         _count_kernel[(num_blocks,)](
-            *(ids, counts, num_entries, first_expert), EXPERTS=experts, **launch, **overlapping
+            *(ids, counts, num_entries, first_expert),
+            EXPERTS=experts,
+            BLOCK=launch["BLOCK"],
+            ROUND=launch["ROUND"],
+            num_warps=launch["num_warps"],
+            **overlapping,
         )
     _place_kernel[(num_blocks + num_experts,)](
         *(ids, counts, order, bounds, num_entries, num_blocks, num_tiles, first_expert),
         NUM_EXPERTS=num_experts,
         EXPERTS=experts,
         BLOCK_M=block_m,
-        COUNTED=num_blocks > 1,
-        AT_ONCE=32,
         **launch,
         **overlapping,
     )

@@ -15,6 +15,7 @@ from triton import knobs
 
 from ernie_engine.kernels import (
     decode_attention,
+    decode_rows,
     embedding,
     linear,
     logprobs,
@@ -37,6 +38,7 @@ from ernie_engine.kernels.parts import Parts
 class Ops:
     """One chosen implementation an op. Arguments, shapes and maths: the op's own file."""
 
+    decode_rows: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
     embedding: Callable[..., Tensor]
     linear: Callable[..., Tensor]
     rms_norm: Callable[..., Tensor]
@@ -96,6 +98,7 @@ def _name_of(op: str, function: Callable) -> str:
 
 # op -> implementation -> function
 IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
+    **decode_rows.IMPLEMENTATIONS,
     **embedding.IMPLEMENTATIONS,
     **linear.IMPLEMENTATIONS,
     **rms_norm.IMPLEMENTATIONS,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ernie_engine.engine.plan import StepPlan
+from ernie_engine.kernels.registry import Ops
 from ernie_engine.model.slots import Slots
 
 
@@ -61,31 +62,57 @@ class ForwardBatch:
     """
 
     slots: Tensor
-    row_ends: Tensor  # [R] int64: the row's last token in the batch
+    row_ends: Tensor  # [R] int64 or int32: the row's last token in the batch
     input_ids: Tensor
     positions: Tensor
     cache_slots: Tensor
+    next_positions: Tensor  # [R] int64: where the row's next token belongs
     num_decode_tokens: int
     decode: AttentionRows | None
     prefill: AttentionRows | None
 
 
-def build_batch(slots: Tensor, counts: Tensor, shape: StepShape, state: Slots) -> ForwardBatch:
+def build_batch(
+    slots: Tensor, counts: Tensor, shape: StepShape, state: Slots, ops: Ops
+) -> ForwardBatch:
     """The batch of rows with `counts` query tokens of `slots`, both [R] int64; state must hold the
     plan's deltas already. Advances the lengths. Never waits for the device."""
+    if shape.num_decodes == shape.num_rows:
+        return _decode_batch(slots, shape, state, ops)
+    return _mixed_batch(slots, counts, shape, state)
+
+
+def _decode_batch(slots: Tensor, shape: StepShape, state: Slots, ops: Ops) -> ForwardBatch:
+    """Of rows with a token each."""
+    bounds = state.counting[: shape.num_rows + 1]
+    input_ids, positions, cache_slots, context_lens, tables = ops.decode_rows(
+        *(slots, state.num_computed, state.history, state.block_tables),
+        *(state.block_size, shape.most_blocks, state.spare),
+    )
+    return ForwardBatch(
+        slots=slots,
+        row_ends=bounds[:-1],
+        input_ids=input_ids,
+        positions=positions,
+        cache_slots=cache_slots,
+        next_positions=context_lens.long(),
+        num_decode_tokens=shape.num_rows,
+        decode=AttentionRows(tables, bounds, context_lens, 1),
+        prefill=None,
+    )
+
+
+def _mixed_batch(slots: Tensor, counts: Tensor, shape: StepShape, state: Slots) -> ForwardBatch:
     num_decodes, device = shape.num_decodes, state.device
     computed = state.num_computed[slots]
     context_lens = computed + counts
     state.advance_to(slots, context_lens)
     place = torch.arange(shape.num_tokens, device=device)
-    if num_decodes == shape.num_rows:  # a token a row: there is nothing to count
-        starts, ends, slot, positions = place, place + 1, slots, computed
-    else:
-        ends = counts.cumsum(0)
-        starts = ends - counts
-        row = torch.arange(shape.num_rows, device=device)
-        row = row.repeat_interleave(counts, output_size=shape.num_tokens)  # [T]: the token's row
-        slot, positions = slots[row], (computed - starts)[row] + place
+    ends = counts.cumsum(0)
+    starts = ends - counts
+    row = torch.arange(shape.num_rows, device=device)
+    row = row.repeat_interleave(counts, output_size=shape.num_tokens)  # [T]: the token's row
+    slot, positions = slots[row], (computed - starts)[row] + place
     tables = state.block_tables[slots, : shape.most_blocks]
     block = state.block_tables[slot, positions // state.block_size].long()
 
@@ -102,6 +129,7 @@ def build_batch(slots: Tensor, counts: Tensor, shape: StepShape, state: Slots) -
         input_ids=state.history[slot, positions].long(),
         positions=positions,
         cache_slots=block * state.block_size + positions % state.block_size,
+        next_positions=context_lens,
         num_decode_tokens=num_decodes,
         decode=rows(0, num_decodes, 1),
         prefill=rows(num_decodes, shape.num_rows, shape.longest),

@@ -20,8 +20,9 @@ class StepRows(NamedTuple):
     """Where a step's rows and tokens are found afterwards."""
 
     slots: Tensor  # [R] int64
-    row_ends: Tensor  # [R] int64: the row's last token in the batch
+    row_ends: Tensor  # [R] int64 or int32: the row's last token in the batch
     positions: Tensor  # [T] int64
+    next_positions: Tensor  # [R] int64: where the row's next token belongs
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Forward:
         self, slots: Tensor, counts: Tensor, shape: StepShape, stream: Tensor | None
     ) -> tuple[StepRows, Tensor]:
         """slots, counts [R] int64 and what the stage before gave [T, H] -> rows, hidden [T, H]."""
-        batch = build_batch(slots, counts, shape, self.state)
+        batch = build_batch(slots, counts, shape, self.state, self.model.ops)
         hidden = self.model(batch, self.kv, stream)
-        return StepRows(batch.slots, batch.row_ends, batch.positions), hidden
+        rows = StepRows(batch.slots, batch.row_ends, batch.positions, batch.next_positions)
+        return rows, hidden

@@ -141,6 +141,7 @@ class StepGraph:
         self._stream = None if stream is None else stream[: shape.num_tokens]
         self._output: Output | None = None
         self._replay: Callable[[], None] | None = None
+        self._filled: tuple[list[int], list[int]] | None = None
 
     def run(self) -> Output:
         """The work itself, on the inputs as they are."""
@@ -150,10 +151,13 @@ class StepGraph:
         self._output, self._replay = recorder.record(self.run)
 
     def fill(self, slots: Sequence[int], counts: Sequence[int], stream: Tensor | None) -> None:
-        """Put a step's rows, and what the stage before sent of them, in front of padding."""
+        """Put a step's rows, and what the stage before sent of them, in front of padding. Most
+        steps decode the same rows as the one before: then they are there already."""
         columns = padded(slots, counts, self.shape, self._spare)
-        rows = host_tensor(columns, torch.int64, self._device)
-        self._columns.copy_(rows, non_blocking=True)
+        if columns != self._filled:
+            rows = host_tensor(columns, torch.int64, self._device)
+            self._columns.copy_(rows, non_blocking=True)
+            self._filled = columns
         if stream is not None:
             assert self._stream is not None
             self._stream[: len(stream)].copy_(stream)

@@ -45,7 +45,7 @@ class Promises:
 
     def keep(self, slot_ids: Collection[int]) -> None:
         """Write what these slots' next step reads."""
-        needed = set(slot_ids)
+        needed = set(slot_ids) if self._open else set()
         while any(needed.intersection(promise.slot_ids) for promise in self._open):
             self._keep(self._open.popleft())
 

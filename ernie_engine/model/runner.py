@@ -23,6 +23,7 @@ from ernie_engine.model.batch import shape_of
 from ernie_engine.model.ernie import Ernie
 from ernie_engine.model.forward import Forward, StepRows
 from ernie_engine.model.graphs import NO_GRAPHS, StepGraphs
+from ernie_engine.model.host_copies import HostCopies
 from ernie_engine.model.kv_cache import KVCache
 from ernie_engine.model.promises import Promises
 from ernie_engine.model.sampler import LogprobTensors, Sampler
@@ -81,6 +82,7 @@ class ModelRunner:
         self.sampler = Sampler(ops, state)
         self.promises = Promises(pipe, state, max_steps_in_flight)
         self.clock = StageClock(state.device)
+        self.copies = HostCopies(state.device)
         self._launched: tuple[StepPlan, StepRows, Tensor] | None = None
 
     @torch.inference_mode()
@@ -140,10 +142,7 @@ class ModelRunner:
         ]
         if not self.mesh.is_reporter:
             return None
-        ready = None
-        if hidden.is_cuda:
-            ready = torch.cuda.Event()
-            ready.record()
+        ready = self.copies.done()
         return PendingResult(plan.step_id, tokens, wanted, logprobs, prompt, ready)
 
     def _draw(
@@ -155,9 +154,8 @@ class ModelRunner:
         where: StepRows,
         hidden: Tensor,
     ) -> tuple[Tensor, LogprobTensors | None]:
-        slots, last = _last_tokens(rows, counts, where, hidden)
+        slots, positions, last = _last_tokens(rows, counts, where, hidden)
         logits = self.model.logits(last)
-        positions = self.state.next_positions(slots)
         tokens = self.sampler.draw(logits, slot_ids, slots, positions)
         if self.debug:
             check_equal(tokens, self.mesh, f"tokens drawn for slots {slot_ids}")
@@ -165,13 +163,14 @@ class ModelRunner:
         self.pipe.send_tokens(tokens)
         asking = [i for i, count in enumerate(wanted) if count != NO_LOGPROBS]
         if not asking:
-            return _to_host(tokens), None
+            return self.copies.fetch(tokens), None
         scored = logits, tokens
         if len(asking) < len(wanted):
             chosen = to_device(asking, torch.int64, hidden.device)
             scored = logits[chosen], tokens[chosen]
         logprobs = self.sampler.logprobs(*scored, max(wanted))
-        return _to_host(tokens), LogprobTensors(*map(_to_host, logprobs))
+        fetch = self.copies.fetch
+        return fetch(tokens), LogprobTensors(*map(fetch, logprobs))
 
     def _score_prompt(
         self,
@@ -191,27 +190,21 @@ class ModelRunner:
             span = slice(start, min(start + PROMPT_LOGITS_CHUNK, first + count))
             following = self.state.history[slot, where.positions[span] + 1].long()
             scores = self.sampler.logprobs(self.model.logits(hidden[span]), following, num_top)
-            chunks.append(LogprobTensors(*map(_to_host, scores)))
+            chunks.append(LogprobTensors(*map(self.copies.fetch, scores)))
         return num_top, chunks
 
 
 def _last_tokens(
     rows: Sequence[int], counts: Sequence[int], where: StepRows, hidden: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The slots [R] of some of the step's rows, and the hidden states [R, H] of their last tokens;
-    `counts` are the tokens of every row. The first rows, as long as they have one token each, as
-    when all decode, need no index from the host."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The slots [R] of some of the step's rows, their next tokens' positions [R], and the hidden
+    states [R, H] of their last tokens; `counts` are the tokens of every row. The first rows, as
+    long as they have one token each, as when all decode, need no index from the host."""
     if list(rows) == list(range(len(rows))) and all(n == 1 for n in counts[: len(rows)]):
-        return where.slots[: len(rows)], hidden[: len(rows)]
+        first = slice(len(rows))
+        return where.slots[first], where.next_positions[first], hidden[first]
     at = to_device(list(rows), torch.int64, hidden.device)
-    return where.slots[at], hidden[where.row_ends[at]]
-
-
-def _to_host(x: Tensor) -> Tensor:
-    """A host copy; from a GPU it is complete only after the event recorded behind it."""
-    if not x.is_cuda:
-        return x
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    return where.slots[at], where.next_positions[at], hidden[where.row_ends[at]]
 
 
 def _scores(tensors: LogprobTensors) -> list[TokenLogprobs]:

@@ -35,6 +35,7 @@ class Slots:
     history [S, max_model_len] int32: the prompt, then each token as the sampler drew it.
     num_computed, prompt_lens [S] int64; block_tables [S, blocks of a full length] int32;
     floats [S, len(FLOATS)] fp32 and ints [S, len(INTS)] int64: the sampling values.
+    counting [S + 1] int32: 0, 1, 2, ..., where rows of one token begin.
     """
 
     def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, device):
@@ -51,6 +52,7 @@ class Slots:
         self.block_tables = zeros(num_slots, most_blocks, dtype=torch.int32)
         self.floats = zeros(num_slots, len(FLOATS), dtype=torch.float32)
         self.ints = zeros(num_slots, len(INTS), dtype=torch.int64)
+        self.counting = torch.arange(num_slots + 1, dtype=torch.int32, device=device)
         self.specs: dict[int, SamplingSpec] = {}
         self.host_prompt_lens: dict[int, int] = {}
         self.num_blocks: dict[int, int] = {}
@@ -90,9 +92,10 @@ class Slots:
     def _extend_tables(self, plan: StepPlan) -> None:
         slots, columns = [], []
         for slot, count in zip(plan.slots, plan.num_new_blocks, strict=True):
-            slots += [slot] * count
-            columns += range(self.num_blocks[slot], self.num_blocks[slot] + count)
-            self.num_blocks[slot] += count
+            if count:  # of most rows none
+                slots += [slot] * count
+                columns += range(self.num_blocks[slot], self.num_blocks[slot] + count)
+                self.num_blocks[slot] += count
         entries = [slots, columns, list(plan.new_block_ids)]
         rows, cols, ids = to_device(entries, torch.int64, self.device)
         self.block_tables[rows, cols] = ids.int()

@@ -226,17 +226,18 @@ def check_sort(ids, num_experts, first_expert, block_m):
     assert covered == list(range(num_local))
 
 
-def sort_in(monkeypatch, block, round_size):
-    row = {"BLOCK": block, "ROUND": round_size, "num_warps": 4}
+def sort_in(monkeypatch, block, round_size, at_once):
+    row = {"BLOCK": block, "ROUND": round_size, "AT_ONCE": at_once, "num_warps": 4}
     monkeypatch.setattr(expert_sort, "SORT_TABLE", {(DEFAULT, 1): row})
 
 
+@pytest.mark.parametrize("at_once", [0, 256])
 @pytest.mark.parametrize(("num_experts", "first_expert"), [(1, 0), (5, 0), (5, 3)])
 @pytest.mark.parametrize(
     ("shape", "block_m"), [((1, 1), 16), ((7, 3), 16), ((33, 2), 16), ((50, 4), 16), ((50, 4), 32)]
 )
-def test_sort(monkeypatch, shape, num_experts, first_expert, block_m):
-    sort_in(monkeypatch, 64, 16)  # so that there are several blocks, and rounds in each
+def test_sort(monkeypatch, shape, num_experts, first_expert, block_m, at_once):
+    sort_in(monkeypatch, 64, 16, at_once)  # so that there are several blocks, and rounds in each
     ids = torch.randint(0, first_expert + num_experts + 2, shape)
     check_sort(ids, num_experts, first_expert, block_m)
     for expert in (first_expert, first_expert + num_experts - 1, first_expert + num_experts):
@@ -244,13 +245,13 @@ def test_sort(monkeypatch, shape, num_experts, first_expert, block_m):
 
 
 def test_sort_of_more_blocks_than_are_added_together(monkeypatch):
-    sort_in(monkeypatch, 8, 8)
+    sort_in(monkeypatch, 8, 8, 0)
     check_sort(torch.randint(0, 9, (70, 4)), 6, 2, 16)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("first_expert", [0, 8])
-@pytest.mark.parametrize("num_tokens", [1, 64, 65, 1000, 16384])
+@pytest.mark.parametrize("num_tokens", [1, 8, 9, 64, 65, 255, 256, 257, 1000, 16384])
 def test_sort_at_real_sizes(num_tokens, first_expert):
     ids = torch.rand(num_tokens, 64).topk(8).indices
     check_sort(ids, 64 - 2 * first_expert, first_expert, 128)

@@ -14,6 +14,26 @@ EPS = 1e-5
 BLOCK_SIZE = 16
 MAX_HEAD_ROWS = 256  # rows of logits in a step: as many as sequences run at once
 ROPE_LEN = 131072
+DECODE_CONTEXT = 8192
+
+
+def decode_rows_cases(shape: RankShape, tokens: int, dtype: torch.dtype) -> Iterator[KernelCase]:
+    if tokens > MAX_HEAD_ROWS:
+        return
+    width = -(-DECODE_CONTEXT // BLOCK_SIZE)
+
+    def make(device):
+        slots = torch.randperm(tokens + 1, device=device)[:tokens]
+        first = DECODE_CONTEXT - BLOCK_SIZE  # all stand in their last block: every entry is copied
+        computed = torch.randint(first, DECODE_CONTEXT, (tokens + 1,), device=device)
+        history = torch.randint(0, shape.vocab, (tokens + 1, DECODE_CONTEXT), device=device)
+        tables = torch.randint(0, 1 << 20, (tokens + 1, width), device=device)
+        return slots, computed, history.int(), tables.int(), BLOCK_SIZE, width, tokens + 1
+
+    moved = tokens * (8 * 5 + 4 * 3 + 8 * width)
+    yield KernelCase(
+        "decode_rows", shape.name, tokens, make, Work(moved, 0), same_bits, written=(1,)
+    )
 
 
 def embedding_cases(shape: RankShape, tokens: int, dtype: torch.dtype) -> Iterator[KernelCase]:

@@ -13,6 +13,7 @@ from ernie_engine.bench.kernels.experts import (
 )
 from ernie_engine.bench.kernels.layer import (
     add_rms_norm_cases,
+    decode_rows_cases,
     embedding_cases,
     linear_cases,
     norm_qkv_rope_cases,
@@ -32,6 +33,7 @@ from ernie_engine.kernels.registry import IMPLEMENTATIONS, select
 
 Cases = Callable[[RankShape, int, torch.dtype], Iterator[KernelCase]]
 CASES: dict[str, Cases] = {
+    "decode_rows": decode_rows_cases,
     "embedding": embedding_cases,
     "linear": linear_cases,
     "rms_norm": rms_norm_cases,
