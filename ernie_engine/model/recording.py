@@ -18,10 +18,11 @@ from ernie_engine.model.batch import StepShape
 from ernie_engine.model.forward import Forward
 from ernie_engine.model.graphs import GraphShapes, Recorder, StepGraph, StepGraphs
 from ernie_engine.model.rehearsal import made_up_plan, release_plan, rows_filling
-from ernie_engine.model.slots import Slots
+from ernie_engine.model.slots import Slots, to_device
 
 logger = logging.getLogger(__name__)
 GIB = 1 << 30
+MADE_UP_POSITIONS = 256  # of a later stage's input; then the same again
 # What the driver keeps for a graph of some hundred kernels, with a margin; not measured yet.
 GRAPH_BYTES = 8 << 20
 # Relative RMS difference of a replayed hidden stream from the eager one. The kernels are the same
@@ -38,6 +39,7 @@ class GraphMaker:
         self, forward: Forward, shapes: GraphShapes, recorder: Recorder, stream: Tensor | None
     ):
         self.shapes, self._forward, self._stream = shapes, forward, stream
+        self._by_position = None if stream is None else stream[:MADE_UP_POSITIONS].clone()
         self._recorder = recorder
         self.num_exact = 0  # whose replay had the bits of the eager run
 
@@ -55,7 +57,7 @@ class GraphMaker:
         """Run a made-up step of this shape, record it, and compare."""
         graph, plan = StepGraph(shape, self._forward, self._stream), self._plan(shape)
         num_tokens, state = sum(plan.num_tokens), self._forward.state
-        graph.fill(plan.slots, plan.num_tokens, None)
+        graph.fill(plan.slots, plan.num_tokens, self.stream_of(plan))
         with made_up(state, plan):
             # Compiles what is to be compiled, and is what the replay must equal.
             expected = self._recorder.run(graph.run)[1][:num_tokens].clone()
@@ -66,6 +68,16 @@ class GraphMaker:
                 found = graph.replay(plan.slots, plan.num_tokens, None)[1]
             self.num_exact += compare(found, expected, shape)
         return graph
+
+    def stream_of(self, plan: StepPlan) -> Tensor | None:
+        """What the stage before might send of a plan [T, H]; None in the first. Equal for equal
+        positions, as token ids are: the plan's rows write the same blocks."""
+        if self._by_position is None:
+            return None
+        counts = zip(plan.starts, plan.num_tokens, strict=True)
+        positions = [first + i for (_, first), count in counts for i in range(count)]
+        at = [position % len(self._by_position) for position in positions]
+        return self._by_position[to_device(at, torch.int64, self._by_position.device)]
 
     def _plan(self, shape: StepShape) -> StepPlan:
         state, kv = self._forward.state, self._forward.kv

@@ -19,7 +19,7 @@ from ernie_engine.model.ernie import Ernie
 from ernie_engine.model.forward import Forward
 from ernie_engine.model.graphs import StepGraph, graph_shapes, obstacle, padded
 from ernie_engine.model.kv_cache import KVCache
-from ernie_engine.model.rehearsal import rows_filling
+from ernie_engine.model.rehearsal import made_up_plan, rows_filling
 from ernie_engine.model.runner import ModelRunner
 from ernie_engine.model.slots import Slots
 from ernie_engine.model.startup import describe, open_model
@@ -252,6 +252,19 @@ def test_many_random_steps_replayed_equal_eager_ones(runner):
 
 
 # --- the check at start-up ---
+
+
+def test_rows_that_write_the_same_slots_write_the_same(runner):
+    """Or the check would depend on which of them is last: in a later stage too."""
+    stream = torch.randn(300, 8, generator=torch.Generator().manual_seed(2))
+    maker = recording.GraphMaker(runner.forward, graphs.GraphShapes([], [], 512), Rerun(), stream)
+    plan = made_up_plan([(0, 1), (299, 1), (0, 40), (30, 30), (0, 300)], 16, BLOCKS)
+    made = maker.stream_of(plan)
+    assert made.shape == (372, 8) and len(made[72:].unique(dim=0)) == 256
+    assert torch.equal(made[0], made[2]) and torch.equal(made[1], made[371])
+    assert torch.equal(made[2:42], made[72:112]) and torch.equal(made[42:72], made[102:132])
+    in_first_stage = recording.GraphMaker(runner.forward, maker.shapes, Rerun(), None)
+    assert in_first_stage.stream_of(plan) is None
 
 
 def maker_of(runner, recorder) -> recording.GraphMaker:
