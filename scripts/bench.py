@@ -3,6 +3,7 @@
 python scripts/bench.py --model DIR --steps                      decode ms/step and prefill
 python scripts/bench.py --model DIR --steps --trace t.json       and a trace of some of the steps
 python scripts/bench.py --model DIR --profile seed               128 requests at once, 1024 + 1024
+python scripts/bench.py --model DIR --long-prompt 32000 ...      the others' gaps while it is read
 python scripts/bench.py --base-url http://127.0.0.1:30000/v1 --max-concurrency 1 8 32 --plot b.png
 
 Prints tables for people, and one line of JSON last. For speed without weights, a folder that holds
@@ -25,11 +26,13 @@ from ernie_engine import Engine, EngineConfig, EngineDeadError
 from ernie_engine.bench.ceilings import measure_ceilings
 from ernie_engine.bench.environment import device_name
 from ernie_engine.bench.floors import Ceilings
+from ernie_engine.bench.interruption import check_fits, interrupt, interruption_row
 from ernie_engine.bench.metrics import parse_goodput
 from ernie_engine.bench.recorder import Tracer
 from ernie_engine.bench.report import (
     STEP_HEADER,
     ceilings_line,
+    interruption_table,
     json_line,
     run_table,
     step_line,
@@ -103,11 +106,16 @@ def _measure_runs(args: argparse.Namespace) -> int:
         raise ValueError("--plot needs matplotlib: pip install 'ernie-engine[bench]'")
     goodput = parse_goodput(args.goodput)
     spec = WorkloadSpec(**chosen_fields(args, WorkloadSpec))
+    if args.long_prompt is not None:
+        _check_long_prompt(args, spec)
     sampling = {**(SAMPLED if args.sampled else GREEDY), "ignore_eos": args.ignore_eos}
     with _target(args, spec, sampling) as target:
         rows, measurements = _run_all(args, spec, target, goodput)
+        results: dict[str, Any] = {"runs": rows}
+        if args.long_prompt is not None:
+            results["long_prompt"] = _interrupt(args, spec, target, measurements[0])
     config = {"workload": asdict(spec), "sampling": sampling, **target.facts}
-    print(json_line("runs", config, {"runs": rows}))
+    print(json_line("runs", config, results))
     if args.plot is not None:
         _draw(args.plot, target.title, measurements)
     return 0 if any(row["completed"] for row in rows) else 1
@@ -129,6 +137,21 @@ def _run_all(
         measurements.append(measurement)
         print(run_table(row, args.percentiles), flush=True)
     return rows, measurements
+
+
+def _check_long_prompt(args: argparse.Namespace, spec: WorkloadSpec) -> None:
+    if args.base_url is not None or args.max_concurrency != [None]:
+        raise ValueError("--long-prompt needs --model, and all requests open at once")
+    check_fits(args.long_prompt, spec, _describe(args).config.max_model_len)
+
+
+def _interrupt(
+    args: argparse.Namespace, spec: WorkloadSpec, target: Target, alone: Measurement
+) -> dict[str, Any]:
+    found = interrupt(target.driver, spec, target.ids, alone, args.long_prompt)
+    row = interruption_row(found, args.percentiles[-1])
+    print(interruption_table(row), flush=True)
+    return row
 
 
 def _draw(path: Path, title: str, measurements: Sequence[Measurement]) -> None:
@@ -235,6 +258,12 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[None],
         help="requests open at once; a run for each",
+    )
+    group.add_argument(
+        "--long-prompt",
+        type=_positive,
+        metavar="TOKENS",
+        help="run once more, with a prompt so long coming in half-way: what it does to the others",
     )
     group.add_argument("--sampled", action="store_true", help="temperature 0.8, top_p 0.8")
     group.add_argument("--ignore-eos", action=argparse.BooleanOptionalAction, default=True)

@@ -100,6 +100,20 @@ def run_table(row: Mapping[str, Any], percentiles: Sequence[float]) -> str:
     return "\n".join(lines)
 
 
+def interruption_table(row: Mapping[str, Any]) -> str:
+    """A pair of runs (an interruption.interruption_row)."""
+    head = f"a prompt of {row['prompt_len']:,} tokens comes in: its first token after "
+    tail = f"p{row['percentile']:g}"
+    lines = ["", f"{head}{row['ttft_ms']:,.0f} ms", f"  {'the others, ms between tokens':<40}"]
+    lines[-1] += "".join(f"{kind:>11}" for kind in ("median", tail, "longest"))
+    names = {"alone": "without it", "interrupted": "with it", "meanwhile": "while it was read"}
+    for name, text in names.items():
+        cells = [_number(row[name][kind]) for kind in ("median", "tail", "max")]
+        what = f"{text} ({row[name]['count']:,} gaps)"
+        lines.append(f"    {what:<38}" + "".join(f"{cell:>11}" for cell in cells))
+    return "\n".join(lines)
+
+
 def _notes(row: Mapping[str, Any]) -> list[str]:
     """What makes the figures another thing than was asked for."""
     notes = [f"failed: {error}" for error in row["errors"]]

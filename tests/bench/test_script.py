@@ -74,6 +74,18 @@ def test_steps_are_traced_after_they_were_timed(bench, tiny, tmp_path):
     ]
 
 
+def test_a_long_prompt_comes_in(bench, tiny):
+    args = "--model", tiny, *LITTLE_CACHE, "--num-prompts", 3, "--max-input-len", 12
+    code, out, report = bench(*args, "--max-output-len", 200, "--long-prompt", 300)
+    assert code == 0 and "while it was read" in out and "p99" in out
+    found = report["long_prompt"]
+    assert found["prompt_len"] == 300 and found["ttft_ms"] > 0
+    assert found["alone"]["count"] == found["interrupted"]["count"] == 3 * 199
+    assert 0 < found["meanwhile"]["count"] < 3 * 199
+    code, error, _ = bench(*args, "--long-prompt", 300, "--max-concurrency", 2)
+    assert code == 2 and "all requests open at once" in error
+
+
 def test_dummy_weights_need_only_a_config(bench, tiny, tmp_path):
     (tmp_path / "config.json").write_text((tiny / "config.json").read_text())
     args = "--model", tmp_path, "--load-format", "dummy", *LITTLE_CACHE
