@@ -22,7 +22,6 @@ from torch import nn
 from tqdm import tqdm
 from triton import __version__ as TRITON_VERSION
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction, compute_cache_key
@@ -30,6 +29,7 @@ from triton.runtime.jit import JITFunction, compute_cache_key
 from ernie_engine.config import ModelConfig
 from ernie_engine.engine_config import ResolvedConfig
 from ernie_engine.kernels import launch
+from ernie_engine.kernels.no_device import NoDevice
 from ernie_engine.kernels.registry import select
 from ernie_engine.model.ernie import DecoderLayer, Ernie
 from ernie_engine.model.graphs import graph_shapes
@@ -109,22 +109,6 @@ def _start(task: dict[str, Any], output: int) -> subprocess.Popen[bytes]:
 
 
 # --- in the processes ---
-
-
-class NoDevice:
-    """What Triton asks a driver for before it compiles."""
-
-    def __init__(self, arch: int):
-        self.arch = arch
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 def main() -> None:

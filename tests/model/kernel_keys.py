@@ -20,6 +20,7 @@ from triton.runtime.jit import JITFunction, compute_cache_key
 from ernie_engine.engine.plan import NO_LOGPROBS, SamplingPart, SamplingSpec, StepPlan
 from ernie_engine.engine_config import EngineConfig
 from ernie_engine.kernels import launch
+from ernie_engine.kernels.no_device import NoDevice
 from ernie_engine.kernels.registry import select
 from ernie_engine.model import kernel_cache, startup
 from ernie_engine.model.rehearsal import compiling_plans, made_up_plan, rehearse
@@ -97,7 +98,7 @@ def keys_of(runner: ModelRunner, plans) -> set:
 
 def main(folder: str) -> None:
     torch.empty, torch.empty_like = zeroed(torch.empty), zeroed(torch.empty_like)
-    driver.set_active(kernel_cache.NoDevice(ARCH))  # pyright: ignore[reportArgumentType]
+    driver.set_active(NoDevice(ARCH))  # pyright: ignore[reportArgumentType]
     launch.architecture = lambda device: f"sm_{ARCH}"
     startup.select = lambda kernels, device_type: select("triton", "cuda")
     config = EngineConfig(

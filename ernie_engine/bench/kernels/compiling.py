@@ -14,32 +14,16 @@ from typing import Any
 
 import torch
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from ernie_engine.bench.kernels.case import KernelCase
 from ernie_engine.kernels import launch
+from ernie_engine.kernels.no_device import NoDevice
 from ernie_engine.kernels.registry import IMPLEMENTATIONS
 
 META = torch.device("meta")
-
-
-class NoDevice:
-    """What Triton asks a driver for before it compiles."""
-
-    def __init__(self, arch: int):
-        self.arch = arch
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return self.arch  # kernels are kept by device: each architecture has its own
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 @contextmanager
