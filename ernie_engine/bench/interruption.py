@@ -36,8 +36,7 @@ def interrupt(
     for log in (*alone.run.logs, *logs):
         if log.error is not None:
             raise ValueError(f"a request of {log.num_input_tokens} tokens failed: {log.error}")
-    found = max(logs, key=lambda log: log.sent)
-    assert found.num_input_tokens == prompt_len, "it is the last to be sent"
+    found = next(log for log in logs if log.num_input_tokens == prompt_len)  # none other is so long
     others = [log for log in logs if log is not found]
     if max(log.token_times[-1] for log in others) < found.token_times[0]:
         raise ValueError(
@@ -48,13 +47,16 @@ def interrupt(
 
 
 def check_fits(prompt_len: int, spec: WorkloadSpec, max_model_len: int) -> None:
-    """ValueError if the engine could not take the long prompt, or it is none."""
+    """ValueError if the engine could not take the long prompt, or it is none, or the others' answers
+    have no gaps."""
     longest = spec.bounds("input")[1]
     if not longest < prompt_len < max_model_len:
         raise ValueError(
             f"long_prompt={prompt_len} must be above max_input_len={longest} and below "
             f"max_model_len={max_model_len}"
         )
+    if spec.bounds("output")[0] < 2:
+        raise ValueError("long_prompt needs a min_output_len of 2 or more: gaps between tokens")
 
 
 def interruption_row(found: Interruption, percentile: float = 99) -> dict[str, Any]:

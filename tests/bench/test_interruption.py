@@ -47,11 +47,11 @@ def test_figures():
 
 
 def test_the_long_prompt_comes_half_way():
-    driver = Fake([log(0, [1, 2, 6]), log(2.0, [5.0], 50)])
+    driver = Fake([log(0, [1, 2, 6]), log(2.0, [5.0], 50), log(3.0, [4.0, 7.0])])
     found = interrupt(driver, SPEC, IDS, ALONE, 50)
     assert [len(r.prompt) for r in driver.asked] == [4, 4, 4, 50]
     assert driver.asked[-1].arrival == 2.0 and driver.asked[-1].output_len == 1
-    assert found.late.num_input_tokens == 50 and len(found.others) == 1
+    assert found.late.num_input_tokens == 50 and len(found.others) == 2
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,8 @@ def test_what_would_measure_nothing_is_an_error(logs, message):
 
 def test_only_a_long_prompt_that_fits():
     check_fits(50, SPEC, 51)
+    with pytest.raises(ValueError, match="min_output_len"):
+        check_fits(50, WorkloadSpec(max_input_len=4, max_output_len=1), 51)
     for prompt_len in (4, 51):
         with pytest.raises(ValueError, match="long_prompt="):
             check_fits(prompt_len, SPEC, 51)
