@@ -47,8 +47,8 @@ def interrupt(
 
 
 def check_fits(prompt_len: int, spec: WorkloadSpec, max_model_len: int) -> None:
-    """ValueError if the engine could not take the long prompt, or it is none, or the others' answers
-    have no gaps."""
+    """ValueError if the engine could not take the long prompt, or it is none, or the others'
+    answers have no gaps."""
     longest = spec.bounds("input")[1]
     if not longest < prompt_len < max_model_len:
         raise ValueError(
