@@ -59,13 +59,14 @@ def _decode_rows_kernel(
     position = tl.load(num_computed + slot)
     table = block_tables + slot * table_stride
     block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
+    tl.debug_barrier()  # every thread has the position before one of them advances it
     tl.store(num_computed + slot, tl.where(slot == spare, 0, position + 1))
     token = tl.load(history + slot * history_stride + position)
     tl.store(input_ids + row, token.to(tl.int64))
     tl.store(positions + row, position)
     tl.store(cache_slots + row, block * BLOCK_SIZE + position % BLOCK_SIZE)
     tl.store(context_lens + row, (position + 1).to(tl.int32))
-    num_blocks = position // BLOCK_SIZE + 1
+    num_blocks = tl.minimum(position // BLOCK_SIZE + 1, width)
     for start in tl.range(0, num_blocks, BLOCK):
         entry = start + tl.arange(0, BLOCK)
         mine = entry < num_blocks

@@ -28,9 +28,11 @@ class HostCopies:
         return host
 
     def done(self) -> torch.cuda.Event | None:
-        """Comes after all copies so far; None without a GPU."""
+        """Comes after all copies so far and what the current stream was given, so a step without
+        an answer is not done before its kernels are; None without a GPU."""
         if self._stream is None:
             return None
+        self._stream.wait_stream(torch.cuda.current_stream())
         event = torch.cuda.Event()
         event.record(self._stream)
         return event
