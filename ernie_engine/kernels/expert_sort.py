@@ -30,7 +30,7 @@ BLOCKS_AT_ONCE = tl.constexpr(32)  # counts that a program adds up together
 
 
 class Tiles(NamedTuple):
-    """The work of the two products. `order` [T k] holds the entries sorted by expert; tile i is
+    """The work of the two products. `order` holds our experts' entries, sorted by expert; tile i is
     bounds[1, i] .. bounds[2, i] - 1 of it, all of expert bounds[0, i], or empty."""
 
     order: Tensor  # [T k] int32; an entry is token * k + choice
@@ -38,11 +38,25 @@ class Tiles(NamedTuple):
 
 
 @triton.jit
-def _one_hot(ids, start, num_entries, first_expert, EXPERTS: tl.constexpr, ROUND: tl.constexpr):
+def _local(ids, entry, num_entries, first_expert, NUM_EXPERTS: tl.constexpr):
+    """The local experts of entries, int32; -1 of other ranks' and beyond the last."""
+    local = tl.load(ids + entry, mask=entry < num_entries, other=-1).to(tl.int32) - first_expert
+    ours = (entry < num_entries) & (local >= 0) & (local < NUM_EXPERTS)
+    return tl.where(ours, local, -1)
+
+
+@triton.jit
+def _one_hot(
+    ids,
+    start,
+    num_entries,
+    first_expert,
+    NUM_EXPERTS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ROUND: tl.constexpr,
+):
     """[ROUND, EXPERTS] int32: does entry start + i belong to the local expert e?"""
-    entry = start + tl.arange(0, ROUND)
-    # Those beyond the last match no expert; other ranks' none, or columns behind our experts'.
-    local = tl.load(ids + entry, mask=entry < num_entries, other=-1) - first_expert
+    local = _local(ids, start + tl.arange(0, ROUND), num_entries, first_expert, NUM_EXPERTS)
     return (local[:, None] == tl.arange(0, EXPERTS)[None, :]).to(tl.int32)
 
 
@@ -58,8 +72,8 @@ def _count_all(
 ):
     """How many entries each expert has of all, and of the first `before`: [EXPERTS] each."""
     entry = tl.arange(0, AT_ONCE)
-    local = tl.load(ids + entry, mask=entry < num_entries, other=-1).to(tl.int32) - first_expert
-    ours = (entry < num_entries) & (local >= 0) & (local < NUM_EXPERTS)
+    local = _local(ids, entry, num_entries, first_expert, NUM_EXPERTS)
+    ours = local >= 0
     local = tl.where(ours, local, 0)
     total = tl.histogram(local, EXPERTS, mask=ours)
     return total, tl.histogram(local, EXPERTS, mask=ours & (entry < before))
@@ -71,6 +85,7 @@ def _count_kernel(
     counts,
     num_entries,
     first_expert,
+    NUM_EXPERTS: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROUND: tl.constexpr,
@@ -81,7 +96,8 @@ def _count_kernel(
     block = tl.program_id(0)
     found = tl.zeros([EXPERTS], tl.int32)
     for start in tl.range(block * BLOCK, (block + 1) * BLOCK, ROUND):
-        found += tl.sum(_one_hot(ids, start, num_entries, first_expert, EXPERTS, ROUND), 0)
+        hot = _one_hot(ids, start, num_entries, first_expert, NUM_EXPERTS, EXPERTS, ROUND)
+        found += tl.sum(hot, 0)
     tl.store(counts + block * EXPERTS + tl.arange(0, EXPERTS), found)
 
 
@@ -129,7 +145,7 @@ def _place_kernel(
     if block < num_blocks:
         place = begin + earlier
         for start in tl.range(block * BLOCK, (block + 1) * BLOCK, ROUND):
-            hot = _one_hot(ids, start, num_entries, first_expert, EXPERTS, ROUND)
+            hot = _one_hot(ids, start, num_entries, first_expert, NUM_EXPERTS, EXPERTS, ROUND)
             places = tl.sum(hot * (place[None, :] + tl.cumsum(hot, 0) - 1), 1)
             local = tl.sum(hot, 1) > 0
             tl.store(order + places, start + tl.arange(0, ROUND), mask=local)
@@ -167,6 +183,7 @@ def sort_by_expert(ids: Tensor, num_experts: int, first_expert: int, block_m: in
     if not launch["AT_ONCE"]:
         _count_kernel[(num_blocks,)](
             *(ids, counts, num_entries, first_expert),
+            NUM_EXPERTS=num_experts,
             EXPERTS=experts,
             BLOCK=launch["BLOCK"],
             ROUND=launch["ROUND"],

@@ -210,6 +210,9 @@ def test_choice_by_size(monkeypatch, num_tokens, chosen):
     assert calls == [chosen]
 
 
+UNWRITTEN = torch.iinfo(torch.int32).max  # poisoned_memory
+
+
 def check_sort(ids, num_experts, first_expert, block_m):
     """Every local entry in exactly one tile, in a tile of its own expert, in order."""
     order, bounds = sort_by_expert(ids.to(where_kernels_run()), num_experts, first_expert, block_m)
@@ -218,6 +221,7 @@ def check_sort(ids, num_experts, first_expert, block_m):
     num_local = int((key < num_experts).sum())
     expected = key.argsort(stable=True)[:num_local]
     assert torch.equal(order[:num_local].cpu().long(), expected)
+    assert (order[num_local:] == UNWRITTEN).all()  # other ranks' entries are placed nowhere
     covered = []
     for expert, first, last in bounds.cpu().T.tolist():
         assert 0 <= expert < num_experts and 0 <= last - first <= block_m
