@@ -101,7 +101,7 @@ def _tracer(engine: Engine, path: Path) -> Tracer:
 
 
 def _measure_runs(args: argparse.Namespace) -> int:
-    """Exit code 1 if not one request was answered."""
+    """Exit code 1 if not one request was answered, or a long prompt told nothing."""
     if args.plot is not None and find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install 'ernie-engine[bench]'")
     goodput = parse_goodput(args.goodput)
@@ -118,7 +118,8 @@ def _measure_runs(args: argparse.Namespace) -> int:
     print(json_line("runs", config, results))
     if args.plot is not None:
         _draw(args.plot, target.title, measurements)
-    return 0 if any(row["completed"] for row in rows) else 1
+    failed = "error" in results.get("long_prompt", {})
+    return 0 if any(row["completed"] for row in rows) and not failed else 1
 
 
 def _run_all(
@@ -148,7 +149,11 @@ def _check_long_prompt(args: argparse.Namespace, spec: WorkloadSpec) -> None:
 def _interrupt(
     args: argparse.Namespace, spec: WorkloadSpec, target: Target, alone: Measurement
 ) -> dict[str, Any]:
-    found = interrupt(target.driver, spec, target.ids, alone, args.long_prompt)
+    try:
+        found = interrupt(target.driver, spec, target.ids, alone, args.long_prompt)
+    except ValueError as error:  # what was measured before it is still told
+        print(f"error: {error}", file=sys.stderr)
+        return {"error": str(error)}
     row = interruption_row(found, args.percentiles[-1])
     print(interruption_table(row), flush=True)
     return row
@@ -227,6 +232,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.steps and args.base_url:
         parser.error("--steps needs --model: it measures an engine in this process")
+    if args.long_prompt and args.steps:
+        parser.error("--long-prompt goes with runs, not with --steps")
     if args.trace and not args.steps:
         parser.error("--trace needs --steps: it traces their cases")
     return args

@@ -23,12 +23,22 @@ class Interruption:
     others: Sequence[RequestLog]
     late: RequestLog
 
+    @property
+    def gaps_meanwhile(self) -> list[float]:
+        """Those between the others' tokens that overlap with the long prompt's reading."""
+        return [
+            gap
+            for log in self.others
+            for gap, end in zip(log.itl, log.token_times[1:], strict=True)
+            if self.late.sent < end and end - gap < self.late.token_times[0]
+        ]
+
 
 def interrupt(
     driver: Driver, spec: WorkloadSpec, ids: np.ndarray, alone: Measurement, prompt_len: int
 ) -> Interruption:
     """Run `spec` again; after half the time that it took `alone` a prompt of `prompt_len` random
-    tokens arrives and asks for one. ValueError if a request fails or the others end too early."""
+    tokens arrives and asks for one. ValueError if a request fails or nobody waits meanwhile."""
     rng = np.random.default_rng([spec.seed, 1, 2])
     late = PlannedRequest(random_prompts(ids, [prompt_len], rng)[0], 1, alone.run.duration / 2)
     requests = sorted([*plan_requests(spec, ids, 1), late], key=lambda request: request.arrival)
@@ -37,13 +47,13 @@ def interrupt(
         if log.error is not None:
             raise ValueError(f"a request of {log.num_input_tokens} tokens failed: {log.error}")
     found = next(log for log in logs if log.num_input_tokens == prompt_len)  # none other is so long
-    others = [log for log in logs if log is not found]
-    if max(log.token_times[-1] for log in others) < found.token_times[0]:
+    interruption = Interruption(alone.run, [log for log in logs if log is not found], found)
+    if not interruption.gaps_meanwhile:
         raise ValueError(
-            f"long_prompt={prompt_len}: all others had ended before it was read; "
+            f"long_prompt={prompt_len}: nobody waited for a token while it was read; "
             "ask for a greater max_output_len"
         )
-    return Interruption(alone.run, others, found)
+    return interruption
 
 
 def check_fits(prompt_len: int, spec: WorkloadSpec, max_model_len: int) -> None:
@@ -63,16 +73,10 @@ def interruption_row(found: Interruption, percentile: float = 99) -> dict[str, A
     """Milliseconds: the long prompt's time to first token, and of the others' gaps between tokens
     the median, a percentile and the longest."""
     late = found.late
-    during = [
-        gap
-        for log in found.others
-        for gap, end in zip(log.itl, log.token_times[1:], strict=True)
-        if late.sent < end and end - gap < late.token_times[0]
-    ]
     gaps = {
         "alone": [gap for log in found.alone.completed for gap in log.itl],
         "interrupted": [gap for log in found.others for gap in log.itl],
-        "meanwhile": during,
+        "meanwhile": found.gaps_meanwhile,
     }
     return {
         "prompt_len": late.num_input_tokens,

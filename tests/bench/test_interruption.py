@@ -58,6 +58,7 @@ def test_the_long_prompt_comes_half_way():
     ("logs", "message"),
     [
         ([log(0, [1, 2]), log(2.0, [5.0], 50)], "greater max_output_len"),
+        ([log(0, [1, 2]), log(2.0, [5.0], 50), log(6, [7, 8])], "greater max_output_len"),
         ([log(0, [1], error="it burst"), log(2.0, [5.0], 50)], "4 tokens failed: it burst"),
     ],
 )

@@ -84,6 +84,11 @@ def test_a_long_prompt_comes_in(bench, tiny):
     assert 0 < found["meanwhile"]["count"] < 3 * 199
     code, error, _ = bench(*args, "--long-prompt", 300, "--max-concurrency", 2)
     assert code == 2 and "all requests open at once" in error
+    code, _, report = bench(*args, "--max-output-len", 2, "--request-rate", 5, "--long-prompt", 300)
+    assert code == 1 and "nobody waited" in report["long_prompt"]["error"]
+    assert report["runs"][0]["completed"] == 3
+    with pytest.raises(SystemExit):
+        bench("--model", tiny, "--steps", "--long-prompt", 300)
 
 
 def test_dummy_weights_need_only_a_config(bench, tiny, tmp_path):
