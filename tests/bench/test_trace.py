@@ -205,6 +205,43 @@ def test_the_tiny_engines_steps(tiny, tmp_path):
         assert [e["name"] for e in inside] == list(PHASES)
 
 
+class NoKernels:
+    """Takes the place of a GPU's profile, and notes when it is on."""
+
+    def __init__(self):
+        self.calls = []
+
+    def start(self):
+        self.calls.append("start")
+
+    def stop(self):
+        self.calls.append("stop")
+
+    def take_events(self, origin_ns):
+        return []
+
+
+def test_the_host_is_measured_without_the_profiler_too(tmp_path):
+    profile_, phases, runs = NoKernels(), Phases(), []
+    tracer = Tracer(tmp_path / "trace.json", phases, False, 1)
+    tracer._gpu = profile_
+
+    def run():
+        runs.append(list(profile_.calls))
+        for step in range(9):
+            plan = SimpleNamespace(slots=[0], num_tokens=[1], step_id=step)
+            with phases("schedule"):
+                time.sleep(0.004 if len(runs) == 1 else 0.001)
+            with phases("launch", plan):
+                pass
+
+    found = tracer.trace("b=1", Excerpt(2, 4, 1), run)
+    assert runs == [[], []] and profile_.calls == ["start", "stop"]
+    assert found["host_alone_us"] > 3500 > found["host_us"] > 900
+    assert found["phases_alone_us"]["schedule"] > 3500 > found["phases_us"]["schedule"]
+    assert "without the profiler: host" in trace_lines(found)
+
+
 @pytest.mark.gpu
 def test_a_gpus_steps(tiny, tmp_path):
     with open_engine(tiny, device="cuda", enable_prefix_caching=False) as engine:
@@ -216,6 +253,7 @@ def test_a_gpus_steps(tiny, tmp_path):
 
         found = tracer.trace("b=1", Excerpt(4, 4, 1), run)
     gpu = found["gpu"]
-    assert found["steps"] == 4 and gpu["launches"] > 10 and gpu["copies"] > 0
+    # A graph is one launch; what is drawn from it are some more.
+    assert found["steps"] == 4 and gpu["launches"] > 2 and gpu["kernels"] > 10 and gpu["copies"] > 0
     assert 0 < gpu["busy_share"] <= 1 and gpu["top_kernels"][0]["us"] > 0
     assert found["host_us"] < found["step_us"] and torch.cuda.is_available()

@@ -15,7 +15,7 @@ def make_state(device):
 @pytest.mark.parametrize("width", [9, 1])
 @pytest.mark.parametrize("slots", [[], [1], [4, 0, 5, 2, 1, 3], [3, SPARE, SPARE, 0, SPARE]])
 def test_rows_are_what_the_slots_say(decode_rows, device, slots, width):
-    if width == 1:  # tables of one block: what stands beyond it must not be written
+    if width == 1:  # tables of one block: a full one beside others
         slots = [slot for slot in slots if slot in (0, 1, SPARE)]
     computed, history, tables = make_state(device)
     before = [x.clone() for x in (history, tables)]

@@ -222,6 +222,16 @@ def test_padding_changes_nothing_in_a_later_stage(runner, tiny, name):
     check_padding(Forward(model, state, kv), name, shape, stream)
 
 
+def test_rows_are_put_there_whenever_they_differ(runner):
+    graph = StepGraph(StepShape(5, 16, 0, 16, 32), runner.forward, None)
+    steps = [([3, 1], [1, 2]), ([3, 1], [1, 2]), ([1, 3], [1, 2]), ([1, 3], [2, 1]), ([1], [2])]
+    for slots, counts in steps:
+        graph.fill(slots, counts, None)
+        assert graph._columns.tolist() == list(
+            padded(slots, counts, graph.shape, runner.forward.state.spare)
+        )
+
+
 def test_many_random_steps_replayed_equal_eager_ones(runner):
     """One graph after the other, each used again: nothing of an earlier step shows."""
     forward, rng = runner.forward, random.Random(3)
