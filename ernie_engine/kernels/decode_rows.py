@@ -81,7 +81,7 @@ def decode_rows_triton(
     block_size: int,
     width: int,
     spare: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> DecodeRows:
     """As the twin, all tensors contiguous; what is behind a row's context stays unwritten."""
     num_rows = len(slots)
     assert all(t.is_contiguous() for t in (slots, num_computed, history, block_tables))
@@ -108,7 +108,7 @@ def decode_rows_torch(
     block_size: int,
     width: int,
     spare: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> DecodeRows:
     """slots [R] int64, all different but for the spare one, num_computed [S] int64, history [S, L]
     int32, block_tables [S, M] int32 -> DecodeRows, tables [R, width] with width <= M; num_computed
     is advanced. Never waits for the device."""

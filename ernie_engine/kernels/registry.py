@@ -38,7 +38,7 @@ from ernie_engine.kernels.parts import Parts
 class Ops:
     """One chosen implementation an op. Arguments, shapes and maths: the op's own file."""
 
-    decode_rows: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+    decode_rows: Callable[..., decode_rows.DecodeRows]
     embedding: Callable[..., Tensor]
     linear: Callable[..., Tensor]
     rms_norm: Callable[..., Tensor]

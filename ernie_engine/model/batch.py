@@ -85,19 +85,19 @@ def build_batch(
 def _decode_batch(slots: Tensor, shape: StepShape, state: Slots, ops: Ops) -> ForwardBatch:
     """Of rows with a token each."""
     bounds = state.counting[: shape.num_rows + 1]
-    input_ids, positions, cache_slots, context_lens, tables = ops.decode_rows(
+    rows = ops.decode_rows(
         *(slots, state.num_computed, state.history, state.block_tables),
         *(state.block_size, shape.most_blocks, state.spare),
     )
     return ForwardBatch(
         slots=slots,
         row_ends=bounds[:-1],
-        input_ids=input_ids,
-        positions=positions,
-        cache_slots=cache_slots,
-        next_positions=context_lens.long(),
+        input_ids=rows.input_ids,
+        positions=rows.positions,
+        cache_slots=rows.cache_slots,
+        next_positions=rows.context_lens.long(),
         num_decode_tokens=shape.num_rows,
-        decode=AttentionRows(tables, bounds, context_lens, 1),
+        decode=AttentionRows(rows.block_tables, bounds, rows.context_lens, 1),
         prefill=None,
     )
 

@@ -157,7 +157,7 @@ def _pretend(arch: int, meet: Meet) -> None:
     run, seen = JITFunction.run, set()
 
     def met(self, *args, grid, warmup, **kwargs) -> None:
-        _, known, _, _, binder = self.device_caches[0]
+        _, known, _, _, binder = self.device_caches[arch]
         options = kwargs | {"debug": False, "instrumentation_mode": ""}
         _, specialization, options = binder(*args, **options)
         name, key = self.fn.__qualname__, compute_cache_key(known, specialization, options)
