@@ -33,6 +33,11 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Has what Gluon kernels name by hand: the copy engine, products of a group of warps."""
+    return architecture(device) == "sm_90"
+
+
 def pick(table: Table, device: torch.device, size: int) -> Mapping[str, int]:
     """The row of the smallest bucket that holds `size`, of this architecture or the default."""
     arch = architecture(device)
@@ -55,9 +60,10 @@ def overlap(device: torch.device) -> dict[str, bool]:
 
 @triton.jit
 def wait_for_inputs(PDL: tl.constexpr):
-    """Everything that earlier launches wrote may be read from here on; before, only what none has
-    written since the device was last waited for (weights); nor may anything be written before. Then
-    the next launch may place its programs.
+    """Everything that earlier launches wrote may be read from here on, and anything be written.
+    Before, weights, and what the last launch but one or an earlier one wrote: that had ended when
+    the last one went on from here. But only past the L1 cache (cache_modifier=".cg"), which may
+    hold what was there before. Then the next launch may place its programs.
 
     In this order, or the next launch could start before the last but one has ended.
     """

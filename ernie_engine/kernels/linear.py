@@ -59,7 +59,7 @@ ROWS_TABLE = {
     (DEFAULT, 16384): {"BLOCK_N": 2, "num_warps": 8},
     ("sm_90", 1024): {"BLOCK_N": 4, "num_warps": 2},
     ("sm_90", 2048): {"BLOCK_N": 4, "num_warps": 4},
-    ("sm_90", 2560): {"BLOCK_N": 2, "num_warps": 2},
+    ("sm_90", 2560): {"BLOCK_N": 1, "num_warps": 2},
     ("sm_90", 3072): {"BLOCK_N": 2, "num_warps": 4},
     ("sm_90", 16384): {"BLOCK_N": 1, "num_warps": 8},
 }

@@ -21,7 +21,7 @@ from ernie_engine.kernels.launch import DEFAULT, overlap, pick, wait_for_inputs
 # columns read at once; STAGES: loads in flight.
 GATE_UP_TABLE = {
     (DEFAULT, 8): {"BLOCK": 8, "BLOCK_K": 256, "STAGES": 3, "num_warps": 4},
-    ("sm_90", 8): {"BLOCK": 2, "BLOCK_K": 4096, "STAGES": 3, "num_warps": 8},
+    ("sm_90", 8): {"BLOCK": 2, "BLOCK_K": 4096, "STAGES": 1, "num_warps": 2},
 }
 GATE_UP_CANDIDATES = [
     {"BLOCK": block, "BLOCK_K": k, "STAGES": stages, "num_warps": warps}
@@ -33,7 +33,7 @@ GATE_UP_CANDIDATES = [
 ]
 DOWN_TABLE = {
     (DEFAULT, 8): {"BLOCK": 2, "BLOCK_K": 256, "STAGES": 1, "num_warps": 4},
-    ("sm_90", 1): {"BLOCK": 1, "BLOCK_K": 512, "STAGES": 1, "num_warps": 4},
+    ("sm_90", 1): {"BLOCK": 1, "BLOCK_K": 2048, "STAGES": 1, "num_warps": 2},
     ("sm_90", 8): {"BLOCK": 4, "BLOCK_K": 128, "STAGES": 2, "num_warps": 2},
 }
 DOWN_CANDIDATES = [
@@ -161,14 +161,19 @@ def _down_kernel(
     PDL: tl.constexpr,
 ):
     """hidden [T, SHARED + k, I], down [E, H, I], shared [H, SHARED I], weights, ids [T, k] -> out
-    [T, H]: BLOCK of a row. All choices at once, so that their weights come together."""
-    wait_for_inputs(PDL)
+    [T, H]: BLOCK of a row. All choices at once, so that their weights come together.
+
+    What the router chose is known while the launch before still runs; where BLOCK_K holds a whole
+    row, its experts' weights are on their way by then: see wait_for_inputs().
+    """
     token = tl.program_id(1)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     read = tl.minimum(row, H - 1)[None, :]
     part = tl.arange(0, PARTS)[:, None]
     is_shared = (part >= TOP_K) & (part < TOP_K + SHARED)
-    expert = tl.load(ids + token * TOP_K + part, mask=part < TOP_K, other=-1) - first_expert
+    at, mask = token * TOP_K + part, part < TOP_K
+    expert = tl.load(ids + at, mask=mask, other=-1, cache_modifier=".cg") - first_expert
+    weight = tl.load(weights + at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
     ours = (part < TOP_K) & (expert >= 0) & (expert < NUM_EXPERTS)
     routed_rows = down + (tl.where(ours, expert, 0).to(tl.int64) * H + read) * I
     shared_rows = shared + read * (SHARED * I) + tl.where(is_shared, part - TOP_K, 0) * I
@@ -176,15 +181,21 @@ def _down_kernel(
     inside = (ours | is_shared)[:, :, None]
     place = token * (SHARED + TOP_K) + tl.where(is_shared, part - TOP_K, SHARED + part)
     hidden_rows = hidden + place.to(tl.int64)[:, :, None] * I
-    acc = tl.zeros([PARTS, BLOCK, BLOCK_K], tl.float32)
-    for start in tl.range(0, I, BLOCK_K, num_stages=STAGES):
-        k = start + tl.arange(0, BLOCK_K)[None, None, :]
-        mask = inside & (k < I)
-        vector = tl.load(hidden_rows + k, mask=mask, other=0.0).to(tl.float32)
-        acc += tl.load(rows + k, mask=mask, other=0.0).to(tl.float32) * vector
-    y = tl.sum(acc, 2)  # [PARTS, BLOCK]
+    k = tl.arange(0, BLOCK_K)[None, None, :]
+    if BLOCK_K >= I:
+        tile = tl.load(rows + k, mask=inside & (k < I), other=0.0)
+        wait_for_inputs(PDL)
+        vector = tl.load(hidden_rows + k, mask=inside & (k < I), other=0.0)
+        y = tl.sum(tile.to(tl.float32) * vector.to(tl.float32), 2)  # [PARTS, BLOCK]
+    else:
+        wait_for_inputs(PDL)
+        acc = tl.zeros([PARTS, BLOCK, BLOCK_K], tl.float32)
+        for start in tl.range(0, I, BLOCK_K, num_stages=STAGES):
+            here = inside & (start + k < I)
+            vector = tl.load(hidden_rows + start + k, mask=here, other=0.0).to(tl.float32)
+            acc += tl.load(rows + start + k, mask=here, other=0.0).to(tl.float32) * vector
+        y = tl.sum(acc, 2)
     dtype = out.dtype.element_ty
-    weight = tl.load(weights + token * TOP_K + part, mask=part < TOP_K, other=0.0).to(tl.float32)
     weighted = (y.to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
     total = tl.sum(tl.where(ours, weighted, 0.0), 0).to(dtype)
     if SHARED > 0:

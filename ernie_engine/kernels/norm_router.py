@@ -5,7 +5,8 @@
 Each rounding is that of the parts: add_rms_norm, router. Their composition is the twin, and what
 runs for more tokens than the kernel takes.
 
-Each program holds some experts' rows and norms every token for itself; the last to finish chooses.
+Each program holds some experts' rows and norms a few tokens for itself, one after the other; the
+last to finish with these tokens chooses.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -18,13 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ernie_engine.kernels.gemv import (
-    MOST_TOKENS,
-    dot_rows,
-    load_rows,
-    load_vector,
-    normed_vector,
-)
+from ernie_engine.kernels.gemv import dot_rows, load_rows, load_vector, normed_vector
 from ernie_engine.kernels.launch import DEFAULT, overlap, pick, wait_for_inputs
 from ernie_engine.kernels.parts import TORCH, TRITON, Parts
 from ernie_engine.kernels.router import CHOICE_ROWS, choose
@@ -37,14 +32,16 @@ TABLE = {
     ("sm_90", 8192): {"BLOCK_N": 1, "num_warps": 4},
 }
 CANDIDATES = [{"BLOCK_N": rows, "num_warps": warps} for rows in (1, 2, 4) for warps in (2, 4, 8)]
-# By tokens: 1 = the one launch.
+# By tokens: those of a program in the one launch; 0: by parts.
 FEW = {
-    (DEFAULT, 4): {"FEW": 1},
-    (DEFAULT, 5): {"FEW": 0},
-    ("sm_90", 4): {"FEW": 1},
-    ("sm_90", 8): {"FEW": 0},
+    (DEFAULT, 4): {"ROWS": 1},
+    (DEFAULT, 5): {"ROWS": 0},
+    ("sm_90", 8): {"ROWS": 1},
+    ("sm_90", 16): {"ROWS": 2},
+    ("sm_90", 32): {"ROWS": 4},
+    ("sm_90", 33): {"ROWS": 0},
 }
-FEW_CANDIDATES = [{"FEW": 1}, {"FEW": 0}]
+FEW_CANDIDATES = [{"ROWS": rows} for rows in (0, 1, 2, 4)]
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -70,8 +67,8 @@ def _norm_router_kernel(
     BLOCK_N: tl.constexpr,
     TOP_K: tl.constexpr,
     EXPERTS: tl.constexpr,
-    CHOICES: tl.constexpr,
     ROWS: tl.constexpr,
+    CHOICE_ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     first = tl.program_id(0) * BLOCK_N
@@ -80,7 +77,9 @@ def _norm_router_kernel(
     norm_weight = load_vector(norm, K, WIDTH)
     k = tl.arange(0, WIDTH)[None, :]
     wait_for_inputs(PDL)
-    for token in tl.range(0, num_tokens):
+    group = tl.program_id(1)
+    end = tl.minimum((group + 1) * ROWS, num_tokens)
+    for token in tl.range(group * ROWS, end):
         at = token * K
         y = normed_vector(
             x + at,
@@ -97,21 +96,21 @@ def _norm_router_kernel(
         tl.store(
             logits + token * NUM_EXPERTS + expert, dot_rows(rows, y), mask=expert < NUM_EXPERTS
         )
-    if is_last(ticket, tl.num_programs(0)):
-        for start in tl.range(0, num_tokens, ROWS):
+    if is_last(ticket + group, tl.num_programs(0)):
+        for start in tl.range(group * ROWS, end, CHOICE_ROWS):
             choose(
                 logits,
                 bias,
                 weights,
                 ids,
                 start,
-                num_tokens,
+                end,
                 NUM_EXPERTS,
                 norm_min,
                 TOP_K,
                 EXPERTS,
-                CHOICES,
-                ROWS,
+                1,
+                CHOICE_ROWS,
             )
 
 
@@ -125,9 +124,9 @@ def norm_router_few(
     top_k: int,
     norm_min: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As composed(), in one launch; all tensors contiguous, up to MOST_TOKENS."""
+    """As composed(), in one launch; all tensors contiguous."""
     (num_tokens, hidden), num_experts = x.shape, len(weight)
-    assert all(t.is_contiguous() for t in (x, norm, weight, bias)) and 0 < num_tokens <= MOST_TOKENS
+    assert all(t.is_contiguous() for t in (x, norm, weight, bias)) and num_tokens > 0
     assert weight.dtype == bias.dtype == torch.float32
     normed, total = torch.empty_like(x), x
     if residual is not None:
@@ -136,10 +135,13 @@ def norm_router_few(
     logits = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x.device)
     weights = x.new_empty(num_tokens, top_k)
     ids = torch.empty(num_tokens, top_k, dtype=torch.int64, device=x.device)
-    launch = pick(TABLE, x.device, hidden)
-    _norm_router_kernel[(triton.cdiv(num_experts, launch["BLOCK_N"]),)](
+    launch, counters = pick(TABLE, x.device, hidden), tickets("norm_router", x.device)
+    rows = pick(FEW, x.device, num_tokens)["ROWS"] or 1
+    groups = triton.cdiv(num_tokens, rows)
+    assert groups <= len(counters)
+    _norm_router_kernel[triton.cdiv(num_experts, launch["BLOCK_N"]), groups](
         *(x, x if residual is None else residual, norm, weight, bias),
-        *(total, normed, logits, weights, ids, tickets("norm_router", x.device)),
+        *(total, normed, logits, weights, ids, counters),
         *(eps, norm_min, num_tokens),
         HAS_RESIDUAL=residual is not None,
         NUM_EXPERTS=num_experts,
@@ -147,8 +149,8 @@ def norm_router_few(
         WIDTH=triton.next_power_of_2(hidden),
         TOP_K=top_k,
         EXPERTS=triton.next_power_of_2(num_experts),
-        CHOICES=triton.next_power_of_2(top_k),
-        ROWS=CHOICE_ROWS,
+        ROWS=rows,
+        CHOICE_ROWS=CHOICE_ROWS,
         **launch,
         **overlap(x.device),
     )
@@ -183,7 +185,7 @@ def norm_router_triton(
     norm_min: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As the twin, all tensors contiguous."""
-    few = len(x) and pick(FEW, x.device, len(x))["FEW"]
+    few = len(x) and pick(FEW, x.device, len(x))["ROWS"]
     run = norm_router_few if few else partial(composed, TRITON)
     return run(x, residual, norm, eps, weight, bias, top_k, norm_min)
 

@@ -8,7 +8,8 @@ are reused and those slots may hold anything.
 
 The kernel reads K and V where they lie, through the block table. torch ships nothing that does:
 its paged kernels want pages of 256 tokens, and its plain ones a copy of the cached prefix. A few
-tokens behind a long prefix make few tiles: then keys are split over programs as for decoding.
+tokens behind a long prefix make few tiles: then keys are split over programs as for decoding. Where
+they are not, an H100 or H200 runs prefill_hopper.py's kernel.
 """
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
@@ -33,6 +34,7 @@ from ernie_engine.kernels.paged_attention import (
     store_empty_split,
     store_split,
 )
+from ernie_engine.kernels.prefill_hopper import prefill_attention_hopper, takes
 from ernie_engine.kernels.products import empty_sum
 
 # By query tokens of the batch.
@@ -208,6 +210,9 @@ def prefill_attention_triton(
     check_layout(q, k_cache, v_cache, block_tables)
     num_tiles, max_context = _num_tiles(q, kv_heads, num_rows), block_tables.shape[1] * block_size
     splits = num_splits(num_programs(q, k_cache, num_rows), max_context, q.device)
+    if splits == 1 and takes(q, k_cache):
+        where = k_cache, v_cache, block_tables, query_start, context_lens
+        return prefill_attention_hopper(q, *where, scale)
     values, lse = split_buffers(out, splits)
     _prefill_kernel[splits, kv_heads, num_tiles](
         q,

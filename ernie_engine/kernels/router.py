@@ -7,7 +7,8 @@ The bias only selects. Trained biases stand near +22..+63 and differ by hundredt
 the product, the bias nor p + bias may be rounded below fp32. Even there exact ties occur: they
 go to the lower expert id.
 
-The Triton kernels: a product into logits in memory, then the choice, a program for some tokens. A
+The Triton kernels: a product into logits in memory, then the choice, a program for some tokens. The
+product's inner dimension is cut where tokens are few, and the choice adds the parts up, in order. A
 score is computed once and made a key that no other expert has; keys are what is compared.
 """
 
@@ -21,36 +22,62 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from ernie_engine.kernels.gemv import dot_rows, load_rows, load_vector
 from ernie_engine.kernels.launch import DEFAULT, overlap, pick, wait_for_inputs
 from ernie_engine.kernels.ordering import FIRST_KEY, order_keys
-from ernie_engine.kernels.products import add_exact_product, empty_sum
+from ernie_engine.kernels.products import add_exact_product, empty_sum, load_columns
 
-# By the number of tokens. ROWS 1: a sum for each logit, else products of tiles.
+# By the number of tokens. INNER 0: a program holds the rows of EXPERTS in registers and takes ROWS
+# tokens one after the other. Else products of tiles, COLUMNS of the inner dimension to a program,
+# INNER at once.
 TABLE = {
-    (DEFAULT, 16): {"ROWS": 1, "EXPERTS": 2, "INNER": 1024, "num_warps": 4, "num_stages": 2},
-    (DEFAULT, 1024): {"ROWS": 16, "EXPERTS": 16, "INNER": 64, "num_warps": 4, "num_stages": 3},
-    (DEFAULT, 16384): {"ROWS": 64, "EXPERTS": 64, "INNER": 32, "num_warps": 8, "num_stages": 3},
-    ("sm_90", 1): {"ROWS": 1, "EXPERTS": 1, "INNER": 1024, "num_warps": 4, "num_stages": 2},
-    ("sm_90", 16): {"ROWS": 1, "EXPERTS": 2, "INNER": 1024, "num_warps": 2, "num_stages": 2},
-    ("sm_90", 64): {"ROWS": 1, "EXPERTS": 4, "INNER": 1024, "num_warps": 2, "num_stages": 2},
-    ("sm_90", 256): {"ROWS": 1, "EXPERTS": 8, "INNER": 1024, "num_warps": 2, "num_stages": 2},
-    ("sm_90", 1024): {"ROWS": 16, "EXPERTS": 32, "INNER": 64, "num_warps": 4, "num_stages": 3},
-    ("sm_90", 16384): {"ROWS": 64, "EXPERTS": 64, "INNER": 128, "num_warps": 4, "num_stages": 3},
+    (DEFAULT, 16): {"ROWS": 1, "EXPERTS": 1, "INNER": 0, "COLUMNS": 0, "num_warps": 4},
+    (DEFAULT, 1024): {"ROWS": 16, "EXPERTS": 16, "INNER": 64, "COLUMNS": 512, "num_warps": 4},
+    (DEFAULT, 16384): {"ROWS": 64, "EXPERTS": 64, "INNER": 32, "COLUMNS": 16384, "num_warps": 8},
+    ("sm_90", 32): {"ROWS": 1, "EXPERTS": 2, "INNER": 0, "COLUMNS": 0, "num_warps": 4},
+    ("sm_90", 64): {"ROWS": 16, "EXPERTS": 64, "INNER": 128, "COLUMNS": 128, "num_warps": 4},
+    ("sm_90", 1024): {"ROWS": 16, "EXPERTS": 64, "INNER": 128, "COLUMNS": 128, "num_warps": 4},
+    ("sm_90", 16384): {"ROWS": 64, "EXPERTS": 64, "INNER": 128, "COLUMNS": 16384, "num_warps": 4},
 }
 CANDIDATES = [
     *(
-        {"ROWS": 1, "EXPERTS": experts, "INNER": 1024, "num_warps": warps, "num_stages": 2}
-        for experts in (1, 2, 4, 8)
+        {"ROWS": rows, "EXPERTS": experts, "INNER": 0, "COLUMNS": 0, "num_warps": warps}
+        for rows in (1, 2, 4)
+        for experts in (1, 2)
         for warps in (2, 4)
     ),
     *(
-        {"ROWS": rows, "EXPERTS": experts, "INNER": inner, "num_warps": 4, "num_stages": stages}
-        for rows, experts in ((16, 16), (16, 32), (16, 64), (32, 32), (32, 64), (64, 64), (128, 64))
-        for inner in (32, 64, 128)
-        for stages in (3, 4)
+        {"ROWS": rows, "EXPERTS": experts, "INNER": inner, "COLUMNS": columns, "num_warps": 4}
+        for rows, experts in ((16, 32), (16, 64), (32, 32), (32, 64), (64, 64), (128, 64))
+        for inner, columns in ((64, 64), (128, 128), (64, 256), (128, 512), (128, 16384))
     ),
 ]
 CHOICE_ROWS = 4  # tokens of a program that chooses
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _logits_by_rows_kernel(
+    x,
+    weight,
+    logits,
+    x_stride,
+    num_tokens,
+    NUM_EXPERTS: tl.constexpr,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,  # a power of two that holds H
+    ROWS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """logits [T, E] = x @ weight.T in fp32: EXPERTS columns of ROWS tokens."""
+    expert = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
+    rows = load_rows(weight, expert, NUM_EXPERTS, H, WIDTH)
+    wait_for_inputs(PDL)
+    first = tl.program_id(0) * ROWS
+    for token in tl.range(first, tl.minimum(first + ROWS, num_tokens)):
+        y = load_vector(x + token * x_stride, H, WIDTH)
+        at = logits + token * NUM_EXPERTS + expert
+        tl.store(at, dot_rows(rows, y), mask=expert < NUM_EXPERTS)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -60,33 +87,39 @@ def _logits_kernel(
     logits,
     x_stride,
     num_tokens,
-    num_experts,
-    hidden,
+    NUM_EXPERTS: tl.constexpr,
+    H: tl.constexpr,
     ROWS: tl.constexpr,
     EXPERTS: tl.constexpr,
     INNER: tl.constexpr,
+    COLUMNS: tl.constexpr,
     IN_PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """logits [T, E] = x @ weight.T in fp32: a program owns a tile."""
-    wait_for_inputs(PDL)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    experts = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)[:, None]
+    """logits [parts, T, E]: x @ weight.T in fp32 over COLUMNS of the inner dimension each."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    expert = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
+    first = tl.program_id(2) * COLUMNS
+    x_rows, weight_rows = x + row.to(tl.int64) * x_stride, weight + expert * H
+    row_in, expert_in = row < num_tokens, expert < NUM_EXPERTS
     total = empty_sum(EXPERTS, ROWS, x.dtype.element_ty)
-    for start in range(0, hidden, INNER):
-        inner = start + tl.arange(0, INNER)[None, :]
-        row_mask = (rows < num_tokens) & (inner < hidden)
-        a = tl.load(x + rows.to(tl.int64) * x_stride + inner, mask=row_mask, other=0.0)
-        expert_mask = (experts < num_experts) & (inner < hidden)
-        b = tl.load(weight + experts * hidden + inner, mask=expert_mask, other=0.0)
-        if ROWS == 1:
-            total += tl.sum(a.to(tl.float32) * b, axis=1)[:, None]
-        else:
-            total = add_exact_product(b, a.T, total, IN_PARTS)
-    columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
-    mask = (experts < num_experts) & (columns < num_tokens)
-    at = logits + columns.to(tl.int64) * num_experts + experts
-    tl.store(at, total.to(tl.float32), mask=mask)
+    if COLUMNS == INNER:  # all that it needs of the weight is on its way before x is there
+        w = load_columns(weight_rows, expert_in, first, H, INNER)
+        wait_for_inputs(PDL)
+        a = load_columns(x_rows, row_in, first, H, INNER)
+        total = add_exact_product(w, a.T, total, IN_PARTS)
+    else:
+        wait_for_inputs(PDL)
+        for start in tl.range(first, tl.minimum(first + COLUMNS, H), INNER):
+            w = load_columns(weight_rows, expert_in, start, H, INNER)
+            a = load_columns(x_rows, row_in, start, H, INNER)
+            total = add_exact_product(w, a.T, total, IN_PARTS)
+    at = (tl.program_id(2).to(tl.int64) * num_tokens + row)[None, :] * NUM_EXPERTS
+    tl.store(
+        logits + at + expert[:, None],
+        total.to(tl.float32),
+        mask=expert_in[:, None] & row_in[None, :],
+    )
 
 
 @triton.jit
@@ -100,36 +133,34 @@ def choose(
     num_experts,
     norm_min,
     TOP_K: tl.constexpr,
-    EXPERTS: tl.constexpr,  # powers of two that hold all experts and all choices
-    CHOICES: tl.constexpr,
+    EXPERTS: tl.constexpr,  # a power of two that holds all experts
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """logits [T, E] -> weights, ids [T, k], of the tokens first .. first + ROWS - 1."""
+    """logits [PARTS, T, E] -> weights, ids [T, k], of the tokens first .. first + ROWS - 1."""
     rows = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    experts, choices = tl.arange(0, EXPERTS)[None, :], tl.arange(0, CHOICES)[None, :]
+    experts = tl.arange(0, EXPERTS)[None, :]
     row_in, expert_in = rows < num_tokens, experts < num_experts
-    at = logits + rows * num_experts + experts
-    z = tl.load(at, mask=row_in & expert_in, other=-float("inf"), cache_modifier=".cg")
-    z = tl.where(row_in, z, 0.0)  # what is not stored had better not be NaN
+    z = tl.zeros([ROWS, EXPERTS], tl.float32)
+    for part in tl.static_range(PARTS):
+        at = logits + (part * num_tokens + rows) * num_experts + experts
+        z += tl.load(at, mask=row_in & expert_in, other=0.0, cache_modifier=".cg")
+    z = tl.where(expert_in, z, -float("inf"))
     p = tl.exp(z - tl.max(z, axis=1, keep_dims=True))
     p = tl.div_rn(p, tl.broadcast_to(tl.sum(p, axis=1, keep_dims=True), p.shape))
     score = p + tl.load(bias + experts, mask=expert_in, other=-float("inf"))
     keys = order_keys(score, experts)  # [ROWS, EXPERTS], all different
-    chosen_p = tl.zeros([ROWS, CHOICES], dtype=tl.float32)
-    chosen_id = tl.zeros([ROWS, CHOICES], dtype=tl.int64)
-    for choice in range(TOP_K):
-        best = tl.max(keys, axis=1, keep_dims=True)
-        is_best = keys == best
-        best_p = tl.sum(tl.where(is_best, p, 0.0), axis=1, keep_dims=True)
-        best_id = tl.sum(tl.where(is_best, experts, 0), axis=1, keep_dims=True)
-        chosen_p = tl.where(choices == choice, best_p, chosen_p)
-        chosen_id = tl.where(choices == choice, best_id, chosen_id)
+    place = tl.full([ROWS, EXPERTS], TOP_K, tl.int32)  # of each expert among the chosen
+    for choice in tl.static_range(TOP_K):
+        is_best = keys == tl.max(keys, axis=1, keep_dims=True)
+        place = tl.where(is_best, choice, place)
         keys = tl.where(is_best, FIRST_KEY, keys)
-    total = tl.maximum(tl.sum(chosen_p, axis=1, keep_dims=True), norm_min)
-    chosen_p = tl.div_rn(chosen_p, tl.broadcast_to(total, chosen_p.shape))
-    at, mask = rows * TOP_K + choices, row_in & (choices < TOP_K)
-    tl.store(weights + at, chosen_p, mask=mask)
-    tl.store(ids + at, chosen_id, mask=mask)
+    chosen = place < TOP_K
+    total = tl.sum(tl.where(chosen, p, 0.0), axis=1, keep_dims=True)
+    p = tl.div_rn(p, tl.broadcast_to(tl.maximum(total, norm_min), p.shape))
+    at, mask = rows * TOP_K + place, row_in & chosen
+    tl.store(weights + at, p, mask=mask)
+    tl.store(ids + at, tl.broadcast_to(experts, place.shape).to(tl.int64), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -143,7 +174,7 @@ def _choose_kernel(
     norm_min,
     TOP_K: tl.constexpr,
     EXPERTS: tl.constexpr,
-    CHOICES: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -159,7 +190,7 @@ def _choose_kernel(
         norm_min,
         TOP_K,
         EXPERTS,
-        CHOICES,
+        PARTS,
         ROWS,
     )
 
@@ -172,22 +203,27 @@ def router_triton(
     assert x.stride(1) == 1 and weight.is_contiguous() and bias.is_contiguous()
     assert weight.dtype == bias.dtype == torch.float32
     device = x.device
-    logits = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=device)
-    options = pick(TABLE, device, num_tokens)
-    tiles = (num_tokens, options["ROWS"]), (num_experts, options["EXPERTS"])
-    _logits_kernel[tuple(triton.cdiv(*tile) for tile in tiles)](
-        *(x, weight, logits, x.stride(0), num_tokens, num_experts, hidden),
-        IN_PARTS=x.dtype == torch.bfloat16 and not knobs.runtime.interpret,  # wrong in bf16
-        **options,
-        **overlap(device),
-    )
+    options = dict(pick(TABLE, device, num_tokens))
+    rows, experts = options["ROWS"], options["EXPERTS"]
+    columns = min(options.pop("COLUMNS"), hidden) or hidden
+    parts = triton.cdiv(hidden, columns)
+    logits = torch.empty(parts, num_tokens, num_experts, dtype=torch.float32, device=device)
+    arguments = x, weight, logits, x.stride(0), num_tokens
+    sizes = {"NUM_EXPERTS": num_experts, "H": hidden, **options, **overlap(device)}
+    grid = triton.cdiv(num_tokens, rows), triton.cdiv(num_experts, experts), parts
+    if options["INNER"]:
+        in_parts = x.dtype == torch.bfloat16 and not knobs.runtime.interpret  # wrong in bf16
+        _logits_kernel[grid](*arguments, COLUMNS=columns, IN_PARTS=in_parts, **sizes)
+    else:
+        del sizes["INNER"]
+        _logits_by_rows_kernel[grid](*arguments, WIDTH=triton.next_power_of_2(hidden), **sizes)
     weights = torch.empty(num_tokens, top_k, dtype=x.dtype, device=device)
     ids = torch.empty(num_tokens, top_k, dtype=torch.int64, device=device)
     _choose_kernel[(triton.cdiv(num_tokens, CHOICE_ROWS),)](
         *(logits, bias, weights, ids, num_tokens, num_experts, norm_min),
         TOP_K=top_k,
         EXPERTS=triton.next_power_of_2(num_experts),
-        CHOICES=triton.next_power_of_2(top_k),
+        PARTS=parts,
         ROWS=CHOICE_ROWS,
         num_warps=1,
         **overlap(device),

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from ernie_engine.kernels import decode_attention as decode
 from ernie_engine.kernels import prefill_attention as prefill
+from ernie_engine.kernels import prefill_hopper as hopper
 from ernie_engine.kernels.launch import DEFAULT
 from tests.kernels.tile_check import assert_as_near_as_twin, half_and_single, where_kernels_run
 
@@ -293,6 +294,19 @@ def test_decode_at_all_lengths(dtype, heads, head_dim):
     rows = [(1, 131072), (8, 131071), (1, 1), (1, 32768), (4, 4097), (1, 1025), (2, 2)]
     check("decode", make(rows, heads, head_dim, dtype))
     check("decode", make(rows[:1], heads, head_dim, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_size", [16, 32, 128])
+@pytest.mark.parametrize("heads", [(20, 4), (8, 1), (16, 2), (4, 4), (3, 1)])
+def test_prefill_on_hopper(heads, block_size):
+    """Behind no prefix and long ones, at all borders of pages and tiles; more rows than tiles."""
+    lengths = [1, 15, 16, 17, 24, 25, 26, 127, 128, 129, 255, 256, 257, 300]
+    rows = [(n, n + past) for past in (0, 1, 15, 16, 112, 128, 400) for n in lengths] + [(0, 9)]
+    case = make(rows, heads, 128, torch.bfloat16, block_size)
+    if not hopper.takes(case.q, case.k_cache):
+        pytest.skip("not on this card")
+    check("prefill", case, lambda *args: hopper.prefill_attention_hopper(*args[:-1]))
 
 
 @pytest.mark.gpu

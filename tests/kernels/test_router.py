@@ -21,11 +21,14 @@ def make(num_tokens, num_experts, hidden, device, dtype):
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "num_experts", "top_k"),
-    [(0, 4, 2), (1, 1, 1), (1, 64, 6), (33, 64, 8), (9, 5, 5), (7, 3, 1)],
+    ("num_tokens", "num_experts", "top_k", "hidden"),
+    [
+        *((0, 4, 2, 37), (1, 1, 1, 37), (1, 64, 6, 37), (33, 64, 8, 37), (9, 5, 5, 37)),
+        *((7, 3, 1, 37), (33, 16, 3, 1100)),  # longer than a program's part of the inner dimension
+    ],
 )
-def test_router(router, device, dtype, assert_near, num_tokens, num_experts, top_k):
-    x, weight, bias = make(num_tokens, num_experts, 37, device, dtype)
+def test_router(router, device, dtype, assert_near, num_tokens, num_experts, top_k, hidden):
+    x, weight, bias = make(num_tokens, num_experts, hidden, device, dtype)
     weights, ids = router(x, weight, bias, top_k, NORM_MIN)
     assert weights.dtype == dtype
     assert ids.dtype == torch.int64

@@ -110,11 +110,12 @@ def _hidden_size(case: KernelCase) -> int | None:
     return case.make(torch.device("meta"))[0].shape[1] if case.size == 1 else None
 
 
-def _fusion(module: Any) -> list[Tunable]:
-    name, fused = module.__name__.rpartition(".")[2], [(module.FEW, {"FEW": 1})]
+def _fusion(module: Any, row: Params, most_tokens: int) -> list[Tunable]:
+    """`row` of FEW is one launch."""
+    name, fused = module.__name__.rpartition(".")[2], [(module.FEW, row)]
     return [
         Tunable(f"{name}.TABLE", module.TABLE, module.CANDIDATES, _hidden_size, lambda _: fused),
-        Tunable(f"{name}.FEW", module.FEW, module.FEW_CANDIDATES, _few(MOST_TOKENS)),
+        Tunable(f"{name}.FEW", module.FEW, module.FEW_CANDIDATES, _few(most_tokens)),
     ]
 
 
@@ -137,8 +138,8 @@ TUNABLE = {
         ),
         Tunable("linear.FEW", linear.FEW, linear.FEW_CANDIDATES, _few(MOST_TOKENS)),
     ],
-    "norm_qkv_rope": _fusion(norm_qkv_rope),
-    "norm_router": _fusion(norm_router),
+    "norm_qkv_rope": _fusion(norm_qkv_rope, {"FEW": 1}, MOST_TOKENS),
+    "norm_router": _fusion(norm_router, {"ROWS": 1}, 64),
     "rms_norm": [Tunable("rms_norm.TABLE", rms_norm.TABLE, rms_norm.CANDIDATES)],
     "add_rms_norm": [Tunable("rms_norm.TABLE", rms_norm.TABLE, rms_norm.CANDIDATES)],
     "rope_and_cache": [Tunable("rope.TABLE", rope.TABLE, rope.CANDIDATES)],
