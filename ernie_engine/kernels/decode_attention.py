@@ -46,7 +46,7 @@ TABLE = {
     ("sm_90", 32): {"SPLITS": 4, "BLOCK_N": 128, "num_warps": 4, "num_stages": 5},
     ("sm_90", 64): {"SPLITS": 2, "BLOCK_N": 128, "num_warps": 4, "num_stages": 5},
     ("sm_90", 128): {"SPLITS": 1, "BLOCK_N": 128, "num_warps": 4, "num_stages": 5},
-    ("sm_90", 1024): {"SPLITS": 1, "BLOCK_N": 64, "num_warps": 2, "num_stages": 3},
+    ("sm_90", 1024): {"SPLITS": 1, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
 }
 CANDIDATES = [
     {"SPLITS": splits, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}

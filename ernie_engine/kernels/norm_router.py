@@ -36,9 +36,8 @@ CANDIDATES = [{"BLOCK_N": rows, "num_warps": warps} for rows in (1, 2, 4) for wa
 FEW = {
     (DEFAULT, 4): {"ROWS": 1},
     (DEFAULT, 5): {"ROWS": 0},
-    ("sm_90", 8): {"ROWS": 1},
-    ("sm_90", 16): {"ROWS": 2},
-    ("sm_90", 32): {"ROWS": 4},
+    ("sm_90", 16): {"ROWS": 1},
+    ("sm_90", 32): {"ROWS": 2},
     ("sm_90", 33): {"ROWS": 0},
 }
 FEW_CANDIDATES = [{"ROWS": rows} for rows in (0, 1, 2, 4)]

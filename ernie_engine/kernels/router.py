@@ -34,9 +34,9 @@ TABLE = {
     (DEFAULT, 16): {"ROWS": 1, "EXPERTS": 1, "INNER": 0, "COLUMNS": 0, "num_warps": 4},
     (DEFAULT, 1024): {"ROWS": 16, "EXPERTS": 16, "INNER": 64, "COLUMNS": 512, "num_warps": 4},
     (DEFAULT, 16384): {"ROWS": 64, "EXPERTS": 64, "INNER": 32, "COLUMNS": 16384, "num_warps": 8},
-    ("sm_90", 32): {"ROWS": 1, "EXPERTS": 2, "INNER": 0, "COLUMNS": 0, "num_warps": 4},
+    ("sm_90", 16): {"ROWS": 1, "EXPERTS": 1, "INNER": 0, "COLUMNS": 0, "num_warps": 4},
     ("sm_90", 64): {"ROWS": 16, "EXPERTS": 64, "INNER": 128, "COLUMNS": 128, "num_warps": 4},
-    ("sm_90", 1024): {"ROWS": 16, "EXPERTS": 64, "INNER": 128, "COLUMNS": 128, "num_warps": 4},
+    ("sm_90", 1024): {"ROWS": 32, "EXPERTS": 64, "INNER": 128, "COLUMNS": 128, "num_warps": 4},
     ("sm_90", 16384): {"ROWS": 64, "EXPERTS": 64, "INNER": 128, "COLUMNS": 16384, "num_warps": 4},
 }
 CANDIDATES = [
