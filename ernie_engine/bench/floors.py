@@ -48,12 +48,17 @@ def decode_work(config: ModelConfig, batch: int, context: float, itemsize: int) 
     return Work(weight_bytes(config, batch, itemsize) + kv_bytes, flops)
 
 
-def prefill_work(config: ModelConfig, batch: int, prompt_len: int, itemsize: int) -> Work:
-    """`batch` prompts read from nothing, each answered by one token; weights are read once."""
-    num_tokens, pairs = batch * prompt_len, batch * prompt_len * (prompt_len + 1) / 2
+def prefill_work(
+    config: ModelConfig, batch: int, prompt_len: int, itemsize: int, cached_len: int = 0
+) -> Work:
+    """`batch` prompts, behind `cached_len` tokens each that are in the K/V cache, each answered by
+    one token; weights are read once."""
+    num_tokens = batch * prompt_len
+    pairs = num_tokens * (cached_len + (prompt_len + 1) / 2)
     flops = num_tokens * _flops_per_token(config) + batch * _head_flops(config)
     flops += pairs * _attention_flops_per_pair(config)
-    return Work(weight_bytes(config, num_tokens, itemsize), flops)
+    cached_bytes = batch * cached_len * kv_bytes_per_token(config, itemsize)
+    return Work(weight_bytes(config, num_tokens, itemsize) + cached_bytes, flops)
 
 
 def mean_context(prompt_len: int, num_tokens: int) -> float:

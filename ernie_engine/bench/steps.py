@@ -33,13 +33,15 @@ TRACED_STEPS = 20
 
 @dataclass(frozen=True)
 class Case:
-    """`batch` prompts of `prompt_len` tokens; prefill if one new token is asked for."""
+    """`batch` prompts of `prompt_len` tokens, behind `cached_len` that were read before; prefill if
+    one new token is asked for."""
 
     name: str
     batch: int
     prompt_len: int
     num_tokens: int
     repetitions: int = 3
+    cached_len: int = 0
 
     @property
     def is_prefill(self) -> bool:
@@ -47,7 +49,7 @@ class Case:
 
     @property
     def total_len(self) -> int:
-        return self.prompt_len + self.num_tokens
+        return self.cached_len + self.prompt_len + self.num_tokens
 
 
 CASES = (
@@ -56,6 +58,7 @@ CASES = (
     Case("b=32@8k", 32, 8000, 64, repetitions=1),
     *(Case(f"{batch}x{n}", batch, n, 1) for batch, n in ((1, 128), (1, 1024))),
     *(Case(f"{batch}x{n}", batch, n, 1) for batch, n in ((16, 1024), (4, 8192), (1, 32768))),
+    Case("1x1024@31k", 1, 1024, 1, cached_len=31744),
 )
 
 
@@ -136,25 +139,47 @@ class StepBench:
         blocks = case.batch * -(-case.total_len // config.block_size)
         if blocks > self.engine.num_kv_blocks:
             return f"skipped: {blocks} K/V blocks, {self.engine.num_kv_blocks} there are"
+        if config.enable_prefix_caching != bool(case.cached_len):
+            wanted = (
+                "needs enable_prefix_caching" if case.cached_len else "prefixes would be cached"
+            )
+            return f"skipped: {wanted}"
         return "skipped: budget_s is spent" if self.clock() >= self._deadline else ""
 
     def _measure(self, case: Case) -> CaseResult:
-        lengths = [case.prompt_len] * case.batch
-        prompts = random_prompts(self._ids, lengths, np.random.default_rng(self.seed))
-        expected = 0.0 if case.is_prefill else self._expected_seconds(case, prompts)
+        draw = self._prompts_of(case)
+        expected = 0.0 if case.is_prefill else self._expected_seconds(case, draw())
         times: list[float] = []
         while len(times) < case.repetitions:
             began = self.clock()
             if began + expected > self._deadline:
                 break
-            times.append(self._one_time(case, prompts))
+            times.append(self._one_time(case, draw()))
             expected = self.clock() - began
         if not times:
             return CaseResult(case, note=f"skipped: about {expected:.0f} s a repetition")
         result = CaseResult(case, times, _departures(case, len(times)), self._work(case))
-        return self._traced(result, prompts, expected)
+        return self._traced(result, draw, expected)
 
-    def _traced(self, result: CaseResult, prompts: list[list[int]], expected: float) -> CaseResult:
+    def _prompts_of(self, case: Case) -> Callable[[], list[list[int]]]:
+        """Gives the prompts of a run: always the same, or, behind prefixes that are read now, with
+        ends of their own, which no run before has left in the cache."""
+        rng, lengths = np.random.default_rng(self.seed), [case.prompt_len] * case.batch
+        if not case.cached_len:
+            prompts = random_prompts(self._ids, lengths, rng)
+            return lambda: prompts
+        prefixes = random_prompts(self._ids, [case.cached_len] * case.batch, rng)
+        self._seconds(prefixes, 1)
+
+        def draw() -> list[list[int]]:
+            ends = random_prompts(self._ids, lengths, rng)
+            return [prefix + end for prefix, end in zip(prefixes, ends, strict=True)]
+
+        return draw
+
+    def _traced(
+        self, result: CaseResult, draw: Callable[[], list[list[int]]], expected: float
+    ) -> CaseResult:
         """After the times, which it would lengthen, and within the budget as they are."""
         if self.tracer is None:
             return result
@@ -164,12 +189,12 @@ class StepBench:
         case = result.case
         excerpt = _excerpt(case, self.engine.config.max_num_batched_tokens)
         trace = self.tracer.trace(
-            case.name, excerpt, lambda: self._seconds(prompts, case.num_tokens)
+            case.name, excerpt, lambda: self._seconds(draw(), case.num_tokens, case.cached_len)
         )
         return replace(result, trace=trace)
 
     def _one_time(self, case: Case, prompts: list[list[int]]) -> float:
-        first = self._seconds(prompts, 1)
+        first = self._seconds(prompts, 1, case.cached_len)
         if case.is_prefill:
             return first
         return (self._seconds(prompts, case.num_tokens) - first) / (case.num_tokens - 1)
@@ -181,7 +206,8 @@ class StepBench:
         more = max(0.0, self._seconds(prompts, num_tokens) - first)
         return 2 * first + more * (case.num_tokens - 1) / (num_tokens - 1)
 
-    def _seconds(self, prompts: list[list[int]], num_tokens: int) -> float:
+    def _seconds(self, prompts: list[list[int]], num_tokens: int, cached_len: int = 0) -> float:
+        """Until all are answered; of each prompt `cached_len` tokens must have been cached."""
         # seeds of their own: equal ones would draw alike, and a batch would meet few experts
         params = [
             replace(self.params, max_tokens=num_tokens, seed=self.seed + i)
@@ -191,12 +217,13 @@ class StepBench:
         outputs = self.engine.generate(prompts, params, use_tqdm=False)
         took = self.clock() - began
         assert all(len(output.outputs[0].token_ids) == num_tokens for output in outputs)
+        assert all(output.num_cached_tokens == cached_len for output in outputs)
         return took
 
     def _work(self, case: Case) -> Work:
         config, itemsize = self.engine.model_config, DTYPE_BYTES[self.engine.config.dtype]
         if case.is_prefill:
-            return prefill_work(config, case.batch, case.prompt_len, itemsize)
+            return prefill_work(config, case.batch, case.prompt_len, itemsize, case.cached_len)
         context = mean_context(case.prompt_len, case.num_tokens)
         return decode_work(config, case.batch, context, itemsize)
 

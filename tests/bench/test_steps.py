@@ -1,6 +1,6 @@
 """--steps: the definition, on an engine whose time is made up; then once on the tiny one."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +27,8 @@ class MadeUpEngine:
     now: float = 0.0
     calls: list = field(default_factory=list)
     tokenizer: None = None
+    enable_prefix_caching: bool = False
+    cached: set = field(default_factory=set)  # prompts that were read: whole ones
 
     def __post_init__(self):
         self.model_config = ModelConfig.from_folder(MOE)
@@ -36,14 +38,25 @@ class MadeUpEngine:
             max_num_batched_tokens=8192,
             block_size=16,
             dtype="bfloat16",
+            enable_prefix_caching=self.enable_prefix_caching,
         )
 
     def generate(self, prompts, params, *, use_tqdm):
         assert use_tqdm is False
         self.calls.append((prompts, params))
         count = params[0].max_tokens
-        self.now += 0.001 * sum(map(len, prompts)) + (count - 1) * self.step_s
-        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[0] * count)]) for _ in prompts]
+        hits = [self.find(tuple(prompt)) for prompt in prompts]
+        self.now += 0.001 * (sum(map(len, prompts)) - sum(hits)) + (count - 1) * self.step_s
+        answer = [SimpleNamespace(token_ids=[0] * count)]
+        return [SimpleNamespace(outputs=answer, num_cached_tokens=hit) for hit in hits]
+
+    def find(self, prompt):
+        """How many of its first tokens are cached; all of them from now on."""
+        if not self.enable_prefix_caching:
+            return 0
+        hit = max((len(c) for c in self.cached if c == prompt[: len(c)]), default=0)
+        self.cached.add(prompt)
+        return hit
 
 
 def measure(engine: MadeUpEngine, case: Case, **options):
@@ -72,6 +85,7 @@ def test_the_cases_are_those_of_the_definition():
         "16x1024": (16, 1024, 1, 3),
         "4x8192": (4, 8192, 1, 3),
         "1x32768": (1, 32768, 1, 3),
+        "1x1024@31k": (1, 1024, 1, 3),
     }
 
 
@@ -122,12 +136,26 @@ def test_prefill_is_told_as_time_and_as_rate():
     assert row["bound"] == "compute"
 
 
+def test_what_is_cached_is_read_once_and_what_is_new_each_time():
+    engine = MadeUpEngine(enable_prefix_caching=True)
+    result = measure(engine, case("1x1024@31k"))
+    assert [len(prompts[0]) for prompts, _ in engine.calls] == [31744] + 3 * [32768]
+    assert result.times == pytest.approx([1.024] * 3)
+    assert step_row(result, H200)["prompt_tokens_per_s"] == pytest.approx(1000)
+    alone = measure(MadeUpEngine(), case("1x1024")).work
+    pairs = 1024 * 31744  # each costs every layer and head two products of 128 numbers
+    assert result.work.flops - alone.flops == 28 * 20 * 4 * 128 * pairs
+    assert result.work.num_bytes - alone.num_bytes == 28 * 2 * 4 * 128 * 2 * 31744
+
+
 @pytest.mark.parametrize(
     ("limits", "name", "why"),
     [
         ({"max_model_len": 32063}, "b=1@32k", "max_model_len=32063"),
         ({"max_num_seqs": 255}, "b=256", "max_num_seqs=255"),
         ({"num_kv_blocks": 191}, "b=8", "192 K/V blocks"),
+        ({}, "1x1024@31k", "needs enable_prefix_caching"),
+        ({"enable_prefix_caching": True}, "1x1024", "would be cached"),
     ],
 )
 def test_what_does_not_fit_is_skipped_with_a_note(limits, name, why):
@@ -199,9 +227,9 @@ def test_a_budget_leaves_out_the_trace_and_says_so():
 
 def test_cases_are_chosen_by_name_and_by_group():
     assert [c.name for c in choose_cases("prefill,b=8,b=1", None)] == [
-        *("b=1", "b=8", "1x128", "1x1024", "16x1024", "4x8192", "1x32768")
+        *("b=1", "b=8", "1x128", "1x1024", "16x1024", "4x8192", "1x32768", "1x1024@31k")
     ]
-    assert len(choose_cases(None, None)) == len(CASES) == 12
+    assert len(choose_cases(None, None)) == len(CASES) == 13
     assert all(not c.is_prefill for c in choose_cases("decode", None))
     with pytest.raises(ValueError, match="b=2"):
         choose_cases("b=1,b=2", None)
@@ -224,3 +252,10 @@ def test_the_tiny_engine(tiny):
     for row in measured:
         share = row["share_of_floor"]
         assert isinstance(share, float) and 0 < share < 1
+
+
+def test_the_tiny_engine_has_what_was_cached(tiny):
+    short = replace(case("1x1024@31k"), prompt_len=20, cached_len=48)
+    with open_engine(tiny) as engine:
+        (result,) = StepBench(engine).run([short])
+    assert len(result.times) == 3
