@@ -27,6 +27,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ernie_engine.kernels.launch import is_hopper
 from ernie_engine.kernels.paged_attention import LOG2_E
 
+barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # Triton 3.6 has the former, 3.7 this
 HEAD_DIM = gl.constexpr(128)
 PAIRS = gl.constexpr(64)  # of a group of warps
 KEYS = gl.constexpr(128)  # of a tile
@@ -190,7 +191,7 @@ def _compute(
     places = pair[:, None] * HEAD_DIM + dims[None, :]
     q_tile.store(gl.load(q + places, mask=real[:, None], other=0.0))
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
 
     positions = first_position + (MINE * PAIRS + gl.arange(0, PAIRS, ROWS)) // GROUP
     zeros = gl.zeros([PAIRS, KEYS], gl.float32, SCORES)
@@ -238,7 +239,7 @@ def _compute(
     acc, weights = warpgroup_mma_wait(0, deps=(sums, weights))
     acc = acc / gl.convert_layout(total, gl.SliceLayout(1, SUMS))[:, None]
     q_tile.store(acc.to(gl.bfloat16))
-    gl.thread_barrier()
+    barrier()
     gl.store(out + places, q_tile.load(MEMORY), mask=real[:, None])
 
 
