@@ -26,12 +26,10 @@ from ernie_engine.kernels.paged_attention import (
     STEP_ARGUMENTS,
     attend,
     check_layout,
-    places_of,
     split_buffers,
     store_split,
-    weigh,
 )
-from ernie_engine.kernels.products import add_product, empty_sum
+from ernie_engine.kernels.products import empty_sum
 from ernie_engine.kernels.tickets import is_last, tickets
 
 # By rows x K/V heads, the number of programs before a context is split.
@@ -143,19 +141,16 @@ def _split_kernel(
 
     A context fills as many of the SPLITS ranges as have MIN_SPLIT_KEYS keys each; the program that
     finishes last puts them together. With one range that is all: straight to `out`.
-
-    The launch before writes the query tokens and their keys; all else was there when it began. So
-    ranges of one tile ask for it before they wait, if its keys are older. What is read so early is
-    read past the L1 cache: see wait_for_inputs().
     """
+    # No key is asked for before: a row may share blocks that the launch before is writing.
+    wait_for_inputs(PDL)
     split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first_token = tl.load(query_start + row, cache_modifier=".cg")
-    num_queries = tl.load(query_start + row + 1, cache_modifier=".cg") - first_token
-    context = tl.load(context_lens + row, cache_modifier=".cg")
+    first_token = tl.load(query_start + row)
+    num_queries = tl.load(query_start + row + 1) - first_token
+    context = tl.load(context_lens + row)
     per_split = tl.cdiv(tl.maximum(tl.cdiv(context, SPLITS), MIN_SPLIT_KEYS), BLOCK_N) * BLOCK_N
     first = split * per_split
     if (num_queries == 0) | (first >= context):
-        wait_for_inputs(PDL)  # or, if all ended so, the next launch could overtake the last one
         return
     ROWS: tl.constexpr = triton.next_power_of_2(GROUP * QUERIES)
     m = tl.arange(0, max(16, ROWS))  # the least rows of a product
@@ -163,48 +158,28 @@ def _split_kernel(
     first_pair = first_token.to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP
     pair = first_pair + (m // GROUP).to(tl.int64) * (KV_HEADS * GROUP) + m % GROUP
     stride = num_tokens.to(tl.int64) * (KV_HEADS * GROUP)
-    last = tl.minimum(first + per_split, context)
-    table = block_tables + row * table_width
     dims = tl.arange(0, HEAD_DIM)
-    q_places = q + pair[:, None] * HEAD_DIM + dims[None, :]
-    positions = context - num_queries + m // GROUP
+    q_tile = tl.load(q + pair[:, None] * HEAD_DIM + dims[None, :], mask=real[:, None], other=0)
     acc = empty_sum(max(16, ROWS), HEAD_DIM, q.dtype.element_ty)
-    total = tl.zeros([max(16, ROWS)], acc.dtype)
-    top = tl.full([max(16, ROWS)], float("-inf"), tl.float32)
-    if SPLITS > 1 and per_split <= BLOCK_N:
-        keys = first + tl.arange(0, BLOCK_N)
-        inside = keys < last
-        if last > context - num_queries:
-            wait_for_inputs(PDL)
-        where = places_of(table, kv_head, keys, inside, KV_HEADS, HEAD_DIM, BLOCK_SIZE, True, ".cg")
-        k = tl.load(k_cache + where, mask=inside[:, None], other=0, cache_modifier=".cg")
-        v = tl.load(v_cache + where, mask=inside[:, None], other=0, cache_modifier=".cg")
-        wait_for_inputs(PDL)
-        q_tile = tl.load(q_places, mask=real[:, None], other=0)
-        p, top, _ = weigh(q_tile, positions, top, k, keys, inside, scale, True)
-        acc = add_product(p.to(v.dtype), v, acc)
-        total += tl.sum(p, 1)
-    else:
-        wait_for_inputs(PDL)
-        acc, total, top = attend(
-            tl.load(q_places, mask=real[:, None], other=0),
-            positions,
-            acc,
-            total,
-            top,
-            k_cache,
-            v_cache,
-            table,
-            kv_head,
-            first,
-            last,
-            scale,
-            KV_HEADS,
-            HEAD_DIM,
-            BLOCK_SIZE,
-            BLOCK_N,
-            True,
-        )
+    acc, total, top = attend(
+        q_tile,
+        context - num_queries + m // GROUP,
+        acc,
+        tl.zeros([max(16, ROWS)], acc.dtype),
+        tl.full([max(16, ROWS)], float("-inf"), tl.float32),
+        k_cache,
+        v_cache,
+        block_tables + row * table_width,
+        kv_head,
+        first,
+        tl.minimum(first + per_split, context),
+        scale,
+        KV_HEADS,
+        HEAD_DIM,
+        BLOCK_SIZE,
+        BLOCK_N,
+        True,
+    )
     store_split(acc, total, top, values, lse, split * stride + pair, real, HEAD_DIM, SPLITS)
     if SPLITS > 1:
         used = tl.cdiv(context, per_split)

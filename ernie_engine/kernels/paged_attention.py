@@ -34,43 +34,11 @@ def check_layout(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tens
 
 
 @triton.jit
-def _load_if(pointers, inside, MASKED: tl.constexpr, CACHE: tl.constexpr):
+def _load_if(pointers, inside, MASKED: tl.constexpr):
     if MASKED:
-        return tl.load(pointers, mask=inside, other=0, cache_modifier=CACHE)
+        return tl.load(pointers, mask=inside, other=0)
     else:
-        return tl.load(pointers, cache_modifier=CACHE)
-
-
-@triton.jit
-def places_of(
-    table,
-    kv_head,
-    keys,
-    inside,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    MASKED: tl.constexpr,
-    CACHE: tl.constexpr,
-):
-    """Where the cache has keys [N] of a row: [N, D]."""
-    blocks = _load_if(table + keys // BLOCK_SIZE, inside, MASKED, CACHE)
-    slots = blocks.to(tl.int64) * BLOCK_SIZE + keys % BLOCK_SIZE
-    return (slots * KV_HEADS + kv_head)[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
-
-
-@triton.jit
-def weigh(q, positions, top, k, keys, inside, scale, MASKED: tl.constexpr):
-    """Weights [M, N] of keys k [N, D], the new top, and what is kept of all sums before."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
-    if MASKED:
-        visible = inside[None, :] & (keys[None, :] <= positions[:, None])
-        scores = tl.where(visible, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-    shift = new_top
-    if MASKED:  # a row that has seen no key yet must not compute -inf - -inf
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-    return tl.exp2(scores * scale - shift[:, None]), new_top, tl.exp2(top - shift)
+        return tl.load(pointers)
 
 
 @triton.jit
@@ -100,15 +68,28 @@ def attend(
     v; they start as -inf, 0 and 0, acc and total as sums that products.py tells of. Without MASKED
     all keys must be visible to all rows of q and last - first be a multiple of BLOCK_N.
     """
+    dims = tl.arange(0, HEAD_DIM)
     for start in tl.range(first, last, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         inside = keys < last
-        where = places_of(table, kv_head, keys, inside, KV_HEADS, HEAD_DIM, BLOCK_SIZE, MASKED, "")
-        k = _load_if(k_cache + where, inside[:, None], MASKED, "")
-        p, top, keep = weigh(q, positions, top, k, keys, inside, scale, MASKED)
-        v = _load_if(v_cache + where, inside[:, None], MASKED, "")
+        blocks = _load_if(table + keys // BLOCK_SIZE, inside, MASKED)
+        slots = blocks.to(tl.int64) * BLOCK_SIZE + keys % BLOCK_SIZE
+        where = (slots * KV_HEADS + kv_head)[:, None] * HEAD_DIM + dims[None, :]
+        k = _load_if(k_cache + where, inside[:, None], MASKED)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
+        if MASKED:
+            visible = inside[None, :] & (keys[None, :] <= positions[:, None])
+            scores = tl.where(visible, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+        shift = new_top
+        if MASKED:  # a row that has seen no key yet must not compute -inf - -inf
+            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        p = tl.exp2(scores * scale - shift[:, None])
+        keep = tl.exp2(top - shift)
+        v = _load_if(v_cache + where, inside[:, None], MASKED)
         acc = add_product(p.to(v.dtype), v, acc * keep[:, None])
         total = total * keep + tl.sum(p, 1)
+        top = new_top
     return acc, total, top
 
 
