@@ -19,9 +19,7 @@ def test_done_is_behind_what_was_launched_before(fetches):
     """Also in a step that fetches nothing: a prompt's chunk."""
     copies, x = HostCopies(torch.device("cuda")), torch.zeros(1000, device="cuda")
     x += 3
-    copies.fetch(
-        x
-    )  # the first time kernels are loaded and memory is pinned, and the device waited for
+    copies.fetch(x)  # the first time kernels load, memory is pinned and the device waited for
     copies.done().synchronize()
     torch.cuda._sleep(LONG)
     x += 4
