@@ -24,17 +24,21 @@ SORT_TABLE = {
     (DEFAULT, 64): {"BLOCK": 64, "ROUND": 64, "AT_ONCE": 64, "num_warps": 4},
     (DEFAULT, 512): {"BLOCK": 128, "ROUND": 128, "AT_ONCE": 512, "num_warps": 4},
     (DEFAULT, 2048): {"BLOCK": 128, "ROUND": 128, "AT_ONCE": 2048, "num_warps": 4},
+    (DEFAULT, 16384): {"BLOCK": 128, "ROUND": 128, "AT_ONCE": 0, "num_warps": 4},
+    (DEFAULT, 65536): {"BLOCK": 256, "ROUND": 128, "AT_ONCE": 0, "num_warps": 4},
     (DEFAULT, 1 << 20): {"BLOCK": 512, "ROUND": 128, "AT_ONCE": 0, "num_warps": 4},
 }
-BLOCKS_AT_ONCE = tl.constexpr(32)  # counts that a program adds up together
+COUNTS_AT_ONCE = 128  # blocks whose counts a program adds up together
 
 
 class Tiles(NamedTuple):
-    """The work of the two products. `order` holds our experts' entries, sorted by expert; tile i is
-    bounds[1, i] .. bounds[2, i] - 1 of it, all of expert bounds[0, i], or empty."""
+    """The work of the two products. `order` holds our experts' entries, sorted by expert; tile
+    i < used is bounds[1, i] .. bounds[2, i] - 1 of it, all of expert bounds[0, i]. What lies behind
+    the last tile is not written."""
 
     order: Tensor  # [T k] int32; an entry is token * k + choice
-    bounds: Tensor  # [3, num_tiles] int32
+    bounds: Tensor  # [3, as many as there may be] int32
+    used: Tensor  # [1] int32
 
 
 @triton.jit
@@ -107,6 +111,7 @@ def _place_kernel(
     counts,
     order,
     bounds,
+    used,
     num_entries,
     num_blocks,
     num_tiles,
@@ -117,22 +122,22 @@ def _place_kernel(
     BLOCK: tl.constexpr,
     ROUND: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    COUNTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The first programs put BLOCK entries each into their places, the others an expert's tiles.
 
     An entry stands behind those of all lower experts, then behind its own expert's of earlier
-    blocks, then of its own block. An expert's tiles begin at first // BLOCK_M + expert: no two
-    experts share one, each has at least as many as it needs and at most one more, and nobody has
-    to know the others'.
+    blocks, then of its own block. Tiles lie together, those of lower experts first: programs
+    without work between others cost the products 2 to 9% of their time.
     """
     wait_for_inputs(PDL)
     block, experts = tl.program_id(0), tl.arange(0, EXPERTS)
     total = tl.zeros([EXPERTS], tl.int32)
     earlier = tl.zeros([EXPERTS], tl.int32)
     if AT_ONCE == 0:
-        for start in tl.range(0, num_blocks, BLOCKS_AT_ONCE):
-            blocks = start + tl.arange(0, BLOCKS_AT_ONCE)[:, None]
+        for start in tl.range(0, num_blocks, COUNTS):
+            blocks = start + tl.arange(0, COUNTS)[:, None]
             at = counts + blocks * EXPERTS + experts[None, :]
             part = tl.load(at, mask=blocks < num_blocks, other=0)
             total += tl.sum(part, 0)
@@ -152,19 +157,24 @@ def _place_kernel(
             place += tl.sum(hot, 0)
     else:
         expert = block - num_blocks
-        first = tl.sum(tl.where(experts == expert, begin, 0))
-        last = first + tl.sum(tl.where(experts == expert, total, 0))
-        first_tile = first // BLOCK_M + expert
-        end_tile = last // BLOCK_M + expert + 1
-        if expert == NUM_EXPERTS - 1:
-            end_tile = num_tiles
+        tiles = tl.cdiv(total, BLOCK_M)
+        tiles_before = tl.cumsum(tiles, 0) - tiles
+        mine = experts == expert
+        first, first_tile = (
+            tl.sum(tl.where(mine, begin, 0)),
+            tl.sum(tl.where(mine, tiles_before, 0)),
+        )
+        last = first + tl.sum(tl.where(mine, total, 0))
+        end_tile = first_tile + tl.sum(tl.where(mine, tiles, 0))
         for start in tl.range(first_tile, end_tile, ROUND):
             tile = start + tl.arange(0, ROUND)
-            left = tl.minimum(first + (tile - first_tile) * BLOCK_M, last)
-            mine = tile < end_tile
-            tl.store(bounds + tile, tl.zeros([ROUND], tl.int32) + expert, mask=mine)
-            tl.store(bounds + num_tiles + tile, left, mask=mine)
-            tl.store(bounds + 2 * num_tiles + tile, tl.minimum(left + BLOCK_M, last), mask=mine)
+            left = first + (tile - first_tile) * BLOCK_M
+            inside = tile < end_tile
+            tl.store(bounds + tile, tl.zeros([ROUND], tl.int32) + expert, mask=inside)
+            tl.store(bounds + num_tiles + tile, left, mask=inside)
+            tl.store(bounds + 2 * num_tiles + tile, tl.minimum(left + BLOCK_M, last), mask=inside)
+        if expert == NUM_EXPERTS - 1:
+            tl.store(used, end_tile)
 
 
 def sort_by_expert(ids: Tensor, num_experts: int, first_expert: int, block_m: int) -> Tiles:
@@ -176,6 +186,7 @@ def sort_by_expert(ids: Tensor, num_experts: int, first_expert: int, block_m: in
     num_tiles = num_entries // block_m + num_experts
     order = torch.empty(num_entries, dtype=torch.int32, device=device)
     bounds = torch.empty(3, num_tiles, dtype=torch.int32, device=device)
+    used = torch.empty(1, dtype=torch.int32, device=device)
     launch, experts = pick(SORT_TABLE, device, num_entries), triton.next_power_of_2(num_experts)
     num_blocks = triton.cdiv(num_entries, launch["BLOCK"])
     overlapping = overlap(device)
@@ -191,11 +202,12 @@ def sort_by_expert(ids: Tensor, num_experts: int, first_expert: int, block_m: in
             **overlapping,
         )
     _place_kernel[(num_blocks + num_experts,)](
-        *(ids, counts, order, bounds, num_entries, num_blocks, num_tiles, first_expert),
+        *(ids, counts, order, bounds, used, num_entries, num_blocks, num_tiles, first_expert),
         NUM_EXPERTS=num_experts,
         EXPERTS=experts,
         BLOCK_M=block_m,
+        COUNTS=COUNTS_AT_ONCE,
         **launch,
         **overlapping,
     )
-    return Tiles(order, bounds)
+    return Tiles(order, bounds, used)

@@ -6,25 +6,31 @@
     sum       the k results of each token, in the order of its choices, and the shared experts'
 
 The shared experts are so many more tiles of the two products, or products of their own: a table
-says. The tile list is made on the device, in places that need no counting on the host: grids are
-upper bounds fixed by shapes, surplus programs end at once. Weights are the left operand: their rows
-fill the tensor cores' tile however few tokens an expert has. Never synchronises with the host, and
-no sum depends on a race.
+says. The tile list is made on the device, and nothing is counted on the host: grids are upper
+bounds fixed by shapes, surplus programs end at once.
+
+With few tokens weights are the left operand: their rows fill the tensor cores' tile however few
+tokens an expert has. With many, on Hopper, tokens are, and the copy engine (TMA) brings weights:
+one box holds rows of gate and of up, for one product twice as wide. Never synchronises with the
+host, and no sum depends on a race.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # (a launch gives ints where a kernel has constexprs, and options that it has no parameter for)
+
+from collections.abc import Mapping
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ernie_engine.kernels.expert_sort import sort_by_expert
-from ernie_engine.kernels.launch import DEFAULT, overlap, pick, wait_for_inputs
+from ernie_engine.kernels.launch import DEFAULT, Table, overlap, pick, wait_for_inputs
 from ernie_engine.kernels.linear import linear_triton
 from ernie_engine.kernels.moe_few import silu_product
-from ernie_engine.kernels.products import add_product, empty_sum, load_columns
+from ernie_engine.kernels.products import PAST_L1, add_product, empty_sum, load_columns
 from ernie_engine.kernels.swiglu import swiglu_triton
 
 # By tokens. BLOCK_M: entries of a tile, of one size for both products.
@@ -32,40 +38,42 @@ TILE_TABLE = {
     (DEFAULT, 64): {"BLOCK_M": 16},
     (DEFAULT, 256): {"BLOCK_M": 32},
     (DEFAULT, 1 << 20): {"BLOCK_M": 64},
-    ("sm_90", 64): {"BLOCK_M": 16},
-    ("sm_90", 256): {"BLOCK_M": 32},
-    ("sm_90", 640): {"BLOCK_M": 64},
+    ("sm_90", 32): {"BLOCK_M": 16},
+    ("sm_90", 128): {"BLOCK_M": 32},
+    ("sm_90", 576): {"BLOCK_M": 64},
     ("sm_90", 1 << 20): {"BLOCK_M": 128},
 }
 # By BLOCK_M. BLOCK_N: weight rows of a program (of gate and of up each, in the first product).
+# TMA: boxes of weights, and of the second product's tokens, come by the copy engine.
 GATE_UP_TABLE = {
-    (DEFAULT, 32): {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
-    (DEFAULT, 64): {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
-    ("sm_90", 16): {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
-    ("sm_90", 32): {"BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3},
-    ("sm_90", 64): {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 5},
-    ("sm_90", 128): {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4},
+    (DEFAULT, 32): {"BLOCK_N": 64, "BLOCK_K": 64, "TMA": 0, "num_warps": 4, "num_stages": 3},
+    (DEFAULT, 64): {"BLOCK_N": 64, "BLOCK_K": 64, "TMA": 0, "num_warps": 4, "num_stages": 3},
+    ("sm_90", 16): {"BLOCK_N": 64, "BLOCK_K": 128, "TMA": 0, "num_warps": 4, "num_stages": 5},
+    ("sm_90", 32): {"BLOCK_N": 64, "BLOCK_K": 64, "TMA": 0, "num_warps": 4, "num_stages": 5},
+    ("sm_90", 64): {"BLOCK_N": 64, "BLOCK_K": 64, "TMA": 1, "num_warps": 4, "num_stages": 4},
+    ("sm_90", 128): {"BLOCK_N": 128, "BLOCK_K": 64, "TMA": 1, "num_warps": 8, "num_stages": 4},
 }
 DOWN_TABLE = {
-    (DEFAULT, 32): {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
-    (DEFAULT, 64): {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
-    ("sm_90", 16): {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
-    ("sm_90", 32): {"BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 5},
-    ("sm_90", 64): {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
-    ("sm_90", 128): {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+    (DEFAULT, 32): {"BLOCK_N": 64, "BLOCK_K": 64, "TMA": 0, "num_warps": 4, "num_stages": 3},
+    (DEFAULT, 64): {"BLOCK_N": 128, "BLOCK_K": 64, "TMA": 0, "num_warps": 4, "num_stages": 3},
+    ("sm_90", 16): {"BLOCK_N": 64, "BLOCK_K": 128, "TMA": 0, "num_warps": 4, "num_stages": 4},
+    ("sm_90", 32): {"BLOCK_N": 64, "BLOCK_K": 128, "TMA": 0, "num_warps": 4, "num_stages": 4},
+    ("sm_90", 64): {"BLOCK_N": 128, "BLOCK_K": 64, "TMA": 0, "num_warps": 4, "num_stages": 4},
+    ("sm_90", 128): {"BLOCK_N": 256, "BLOCK_K": 64, "TMA": 1, "num_warps": 8, "num_stages": 4},
 }
 TILE_CANDIDATES = [{"BLOCK_M": m} for m in (16, 32, 64, 128)]
-# For either product.
+# For either product. The copy engine is of no use to tiles that wait for memory.
 CANDIDATES = [
-    {"BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+    {"BLOCK_N": n, "BLOCK_K": k, "TMA": tma, "num_warps": warps, "num_stages": stages}
     for n, warps in ((64, 4), (128, 4), (128, 8), (256, 8))
     for k in (64, 128)
     for stages in (3, 4, 5)
+    for tma in (0, 1)
 ]
 # Products of fp32 run without tensor cores: tiles of operands must fit into registers.
 TILE_TABLE_FP32 = {(DEFAULT, 1 << 20): {"BLOCK_M": 16}}
 TABLE_FP32 = {
-    (DEFAULT, 16): {"BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
+    (DEFAULT, 16): {"BLOCK_N": 32, "BLOCK_K": 32, "TMA": 0, "num_warps": 4, "num_stages": 2},
 }
 # By tokens: 1 = the shared experts in the same launches. With many, products of their own are as
 # fast as cuBLAS.
@@ -74,6 +82,7 @@ SHARED_TABLE = {
     (DEFAULT, 257): {"TOGETHER": 0},
 }
 SHARED_CANDIDATES = [{"TOGETHER": 1}, {"TOGETHER": 0}]
+HALVED = tl.constexpr(64)  # a larger tile that is not half full is computed as half a tile
 MOST_BLOCK_K = 128  # of the tables; the shared experts' parts are a multiple of it wide
 SUM_BLOCK = 1024  # columns of a program of the sum
 # More are done one part after the other. What lies between the launches takes k (H + I) numbers a
@@ -83,20 +92,99 @@ TOKENS_AT_ONCE = 16384
 
 
 @triton.jit
-def _tile_bounds(bounds, num_tiles, num_tokens, PARTS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """This program's expert, and the first and last of its places. Behind the routed experts' tiles
-    come those of the shared ones, PARTS for each BLOCK_M tokens: then the expert is the part."""
-    tile = tl.program_id(1)
-    routed = tile < num_tiles
-    expert = tl.load(bounds + tile, mask=routed, other=0)
-    first = tl.load(bounds + num_tiles + tile, mask=routed, other=0)
-    last = tl.load(bounds + 2 * num_tiles + tile, mask=routed, other=0)
+def _shared_tiles(num_tokens, PARTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """How many tiles the shared experts have: PARTS for each BLOCK_M tokens, before all others."""
+    return PARTS * tl.cdiv(num_tokens, BLOCK_M)
+
+
+@triton.jit
+def _tile_bounds(bounds, used, num_tiles, num_tokens, PARTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """This program's expert, the first of its places and the one behind the last. A shared expert's
+    tile: places are tokens, the expert is the part."""
+    shared_tiles = _shared_tiles(num_tokens, PARTS, BLOCK_M)
+    routed = tl.program_id(1) >= shared_tiles
+    tile = tl.program_id(1) - shared_tiles
+    inside = routed & (tile < tl.load(used, mask=routed, other=0))
+    expert = tl.load(bounds + tile, mask=inside, other=0)
+    first = tl.load(bounds + num_tiles + tile, mask=inside, other=0)
+    last = tl.load(bounds + 2 * num_tiles + tile, mask=inside, other=0)
     if PARTS > 0:
-        begin = (tile - num_tiles) // PARTS * BLOCK_M
-        expert = tl.where(routed, expert, (tile - num_tiles) % PARTS)
+        begin = tl.program_id(1) // PARTS * BLOCK_M
+        expert = tl.where(routed, expert, tl.program_id(1) % PARTS)
         first = tl.where(routed, first, begin)
         last = tl.where(routed, last, tl.minimum(begin + BLOCK_M, num_tokens))
     return routed, expert.to(tl.int64), first, last
+
+
+@triton.jit
+def _across(a, b, TMA: tl.constexpr):
+    """a [M] of tokens and b [N] of weights' rows, such that a tile of a product holds both: the
+    left operand's come first, tokens with TMA, else weights."""
+    across = a[None, :], b[:, None]
+    if TMA:
+        across = a[:, None], b[None, :]
+    return across
+
+
+@triton.jit
+def _gate_up_tile(
+    x,
+    gate_up,
+    shared,
+    order,
+    hidden,
+    num_tokens,
+    routed,
+    expert,
+    first,
+    last,
+    TOP_K: tl.constexpr,
+    SHARED: tl.constexpr,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Places first .. last - 1, at most M, times BLOCK_N rows of gate and of up each."""
+    place = first + tl.arange(0, M)
+    token = tl.load(order + place, mask=routed & (place < last), other=0) // TOP_K
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    at, to_row = _across(place.to(tl.int64), row, TMA)
+    places = hidden + at * I + to_row
+    if TMA:
+        tl.static_assert(SHARED == 0)
+        both = empty_sum(M, 2 * BLOCK_N, x.dtype.element_ty)
+        x_rows = x + token * H
+        for start in tl.range(0, H, BLOCK_K):
+            x_tile = load_columns(x_rows, place < last, start, H, BLOCK_K)
+            box = gate_up.load([2 * expert.to(tl.int32), tl.program_id(0) * BLOCK_N, start])
+            both = add_product(x_tile, box.reshape(2 * BLOCK_N, BLOCK_K).T, both)
+        gate, up = tl.split(both.reshape(M, 2, BLOCK_N).permute(0, 2, 1))
+    else:
+        gate_rows = gate_up + (expert * (2 * I) + row) * H
+        up_rows = gate_rows + I * H
+        if SHARED > 0:
+            token = tl.where(routed, token, place)
+            shared_rows = shared + (expert * I + row) * H
+            gate_rows = tl.where(routed, gate_rows, shared_rows)
+            up_rows = tl.where(routed, up_rows, shared_rows + SHARED * I * H)
+            behind = hidden + num_tokens.to(tl.int64) * (TOP_K * I) + expert * I
+            places = tl.where(routed, places, behind + at * (SHARED * I) + to_row)
+        x_rows = x + token * H
+        gate = empty_sum(BLOCK_N, M, x.dtype.element_ty)
+        up = empty_sum(BLOCK_N, M, x.dtype.element_ty)
+        for start in tl.range(0, H, BLOCK_K):
+            # Shared experts' may come before the wait: see wait_for_inputs().
+            x_tile = tl.trans(load_columns(x_rows, place < last, start, H, BLOCK_K, PAST_L1))
+            gate_tile = load_columns(gate_rows, row < I, start, H, BLOCK_K)
+            up_tile = load_columns(up_rows, row < I, start, H, BLOCK_K)
+            gate = add_product(gate_tile, x_tile, gate)
+            up = add_product(up_tile, x_tile, up)
+    y = silu_product(gate, up, hidden.dtype.element_ty)
+    inside_place, inside_row = _across(place < last, row < I, TMA)
+    tl.store(places, y, mask=inside_place & inside_row)
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_tokens"])
@@ -106,6 +194,7 @@ def _gate_up_kernel(
     shared,
     order,
     bounds,
+    used,
     hidden,
     num_tiles,
     num_tokens,
@@ -116,39 +205,90 @@ def _gate_up_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """x [T, H], gate_up [E, 2 I, H], shared [2 SHARED I, H] -> hidden: [T k, I] in sorted order,
-    then [T, SHARED I]. A tile, BLOCK_N rows; the shared experts are done in SHARED parts."""
-    wait_for_inputs(PDL)
-    routed, expert, first, last = _tile_bounds(bounds, num_tiles, num_tokens, SHARED, BLOCK_M)
+    then [T, SHARED I]. A tile, BLOCK_N rows; the shared experts are done in SHARED parts. With TMA
+    gate_up is a descriptor of [2 E, I, H].
+
+    The shared experts' tiles do not wait: the launch before only sorted, and x is of one before it.
+    """
+    if tl.program_id(1) >= _shared_tiles(num_tokens, SHARED, BLOCK_M):
+        wait_for_inputs(PDL)
+    routed, expert, first, last = _tile_bounds(bounds, used, num_tiles, num_tokens, SHARED, BLOCK_M)
     if first >= last:
         return
-    place = first + tl.arange(0, BLOCK_M)
-    token = tl.load(order + place, mask=routed & (place < last), other=0) // TOP_K
+    if BLOCK_M > HALVED and last - first <= BLOCK_M // 2:
+        _gate_up_tile(
+            *(x, gate_up, shared, order, hidden, num_tokens, routed, expert, first, last),
+            *(TOP_K, SHARED, H, I, BLOCK_M // 2, BLOCK_N, BLOCK_K, TMA),
+        )
+    else:
+        _gate_up_tile(
+            *(x, gate_up, shared, order, hidden, num_tokens, routed, expert, first, last),
+            *(TOP_K, SHARED, H, I, BLOCK_M, BLOCK_N, BLOCK_K, TMA),
+        )
+
+
+@triton.jit
+def _down_tile(
+    hidden,
+    down,
+    shared,
+    weights,
+    order,
+    products,
+    num_tokens,
+    routed,
+    expert,
+    first,
+    last,
+    TOP_K: tl.constexpr,
+    SHARED: tl.constexpr,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Places first .. last - 1, at most M, times BLOCK_N rows of down and the tokens' weights."""
+    place = first + tl.arange(0, M)
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    gate_rows = gate_up + (expert * (2 * I) + row) * H
-    up_rows = gate_rows + I * H
-    places = hidden + place.to(tl.int64)[None, :] * I + row[:, None]
+    if TMA:
+        tl.static_assert(SHARED == 0)
+        acc = empty_sum(M, BLOCK_N, products.dtype.element_ty)
+        for start in tl.range(0, I, BLOCK_K):
+            hidden_tile = hidden.load([first, start])
+            box = down.load([expert.to(tl.int32), tl.program_id(0) * BLOCK_N, start])
+            acc = add_product(hidden_tile, box.reshape(BLOCK_N, BLOCK_K).T, acc)
+    else:
+        hidden_rows = hidden + place.to(tl.int64) * I
+        down_rows = down + (expert * H + row) * I
+        inner = I
+        if SHARED > 0:
+            tl.static_assert(I % BLOCK_K == 0, "or columns of the longer sum would be left out")
+            behind = hidden + num_tokens.to(tl.int64) * (TOP_K * I)
+            hidden_rows = tl.where(routed, hidden_rows, behind + place.to(tl.int64) * (SHARED * I))
+            down_rows = tl.where(routed, down_rows, shared + row.to(tl.int64) * (SHARED * I))
+            inner = tl.where(routed, I, SHARED * I)
+        acc = empty_sum(BLOCK_N, M, hidden.dtype.element_ty)
+        for start in tl.range(0, inner, BLOCK_K):
+            hidden_tile = tl.trans(load_columns(hidden_rows, place < last, start, I, BLOCK_K))
+            down_tile = load_columns(down_rows, row < H, start, I, BLOCK_K)
+            acc = add_product(down_tile, hidden_tile, acc)
+    mine = routed & (place < last)
+    entry = tl.load(order + place, mask=mine, other=0)
+    weight = tl.load(weights + entry, mask=mine, other=1.0).to(tl.float32)
     if SHARED > 0:
-        token = tl.where(routed, token, place)
-        shared_rows = shared + (expert * I + row) * H
-        gate_rows = tl.where(routed, gate_rows, shared_rows)
-        up_rows = tl.where(routed, up_rows, shared_rows + SHARED * I * H)
-        behind = hidden + num_tokens.to(tl.int64) * (TOP_K * I) + expert * I
-        behind += place.to(tl.int64)[None, :] * (SHARED * I) + row[:, None]
-        places = tl.where(routed, places, behind)
-    x_rows = x + token * H
-    gate = empty_sum(BLOCK_N, BLOCK_M, x.dtype.element_ty)
-    up = empty_sum(BLOCK_N, BLOCK_M, x.dtype.element_ty)
-    for start in tl.range(0, H, BLOCK_K):
-        x_tile = tl.trans(load_columns(x_rows, place < last, start, H, BLOCK_K))
-        gate_tile = load_columns(gate_rows, row < I, start, H, BLOCK_K)
-        up_tile = load_columns(up_rows, row < I, start, H, BLOCK_K)
-        gate = add_product(gate_tile, x_tile, gate)
-        up = add_product(up_tile, x_tile, up)
-    y = silu_product(gate, up, hidden.dtype.element_ty)
-    tl.store(places, y, mask=(row < I)[:, None] & (place < last)[None, :])
+        entry = tl.where(routed, entry, num_tokens * TOP_K + place)
+    at, to_row = _across(entry.to(tl.int64), row, TMA)
+    weight, _ = _across(weight, row, TMA)
+    y = acc.to(products.dtype.element_ty).to(tl.float32) * weight
+    inside_place, inside_row = _across(place < last, row < H, TMA)
+    places = products + at * H + to_row
+    tl.store(places, y.to(products.dtype.element_ty), mask=inside_place & inside_row)
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_tokens"])
@@ -159,6 +299,7 @@ def _down_kernel(
     weights,
     order,
     bounds,
+    used,
     products,
     num_tiles,
     num_tokens,
@@ -169,40 +310,21 @@ def _down_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """hidden as _gate_up_kernel leaves it, down [E, H, I], shared [H, SHARED I], weights [T k] ->
-    products: [T k, H], not sorted, then [T, H] of the shared experts."""
+    products: [T k, H], not sorted, then [T, H] of the shared experts. With TMA hidden and down are
+    descriptors; what a box holds of other experts' places is not stored."""
     wait_for_inputs(PDL)
     PARTS: tl.constexpr = min(SHARED, 1)  # here the shared experts are one, with a longer sum
-    routed, expert, first, last = _tile_bounds(bounds, num_tiles, num_tokens, PARTS, BLOCK_M)
-    if first >= last:
-        return
-    place = first + tl.arange(0, BLOCK_M)
-    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    hidden_rows = hidden + place.to(tl.int64) * I
-    down_rows = down + (expert * H + row) * I
-    inner = I
-    if SHARED > 0:
-        tl.static_assert(I % BLOCK_K == 0, "or columns of the longer sum would be left out")
-        behind = hidden + num_tokens.to(tl.int64) * (TOP_K * I)
-        hidden_rows = tl.where(routed, hidden_rows, behind + place.to(tl.int64) * (SHARED * I))
-        down_rows = tl.where(routed, down_rows, shared + row.to(tl.int64) * (SHARED * I))
-        inner = tl.where(routed, I, SHARED * I)
-    acc = empty_sum(BLOCK_N, BLOCK_M, hidden.dtype.element_ty)
-    for start in tl.range(0, inner, BLOCK_K):
-        hidden_tile = tl.trans(load_columns(hidden_rows, place < last, start, I, BLOCK_K))
-        down_tile = load_columns(down_rows, row < H, start, I, BLOCK_K)
-        acc = add_product(down_tile, hidden_tile, acc)
-    mine = routed & (place < last)
-    entry = tl.load(order + place, mask=mine, other=0)
-    weight = tl.load(weights + entry, mask=mine, other=1.0).to(tl.float32)
-    if SHARED > 0:
-        entry = tl.where(routed, entry, num_tokens * TOP_K + place)
-    y = acc.to(products.dtype.element_ty).to(tl.float32) * weight[None, :]
-    places = products + entry.to(tl.int64)[None, :] * H + row[:, None]
-    inside = (row < H)[:, None] & (place < last)[None, :]
-    tl.store(places, y.to(products.dtype.element_ty), mask=inside)
+    routed, expert, first, last = _tile_bounds(bounds, used, num_tiles, num_tokens, PARTS, BLOCK_M)
+    if first < last:
+        _down_tile(
+            *(hidden, down, shared, weights, order, products, num_tokens),
+            *(routed, expert, first, last),
+            *(TOP_K, SHARED, H, I, BLOCK_M, BLOCK_N, BLOCK_K, TMA),
+        )
 
 
 @triton.jit(do_not_specialize=["first_expert"])
@@ -264,6 +386,13 @@ def _num_parts(x: Tensor, down: Tensor, shared_down: Tensor | None) -> int:
     return parts if rest == 0 and down.shape[2] % MOST_BLOCK_K == 0 else 0
 
 
+def _launch(table: Table, x: Tensor, block_m: int, parts: int, width: int) -> Mapping[str, int]:
+    """The row of a product. The copy engine takes rows of a multiple of 16 bytes, and no parts."""
+    row = pick(table, x.device, block_m)
+    can = parts == 0 and all(n * x.element_size() % 16 == 0 for n in (x.shape[1], width))
+    return {**row, "TMA": int(row["TMA"] and can)}
+
+
 def _compute(
     x: Tensor,
     weights: Tensor,
@@ -285,16 +414,21 @@ def _compute(
         shared_gate_up, shared_down = gate_up, down  # not looked at
     wide = x.dtype == torch.float32
     block_m = pick(TILE_TABLE_FP32 if wide else TILE_TABLE, x.device, num_tokens)["BLOCK_M"]
+    # Not memory that the sort had and gave back: some of the first product's programs do not wait.
+    hidden = x.new_empty(num_tokens * (top_k + parts), width)
     tiles = sort_by_expert(ids, num_experts, first_expert, block_m)
     num_tiles, more_tiles = tiles.bounds.shape[1], triton.cdiv(num_tokens, block_m)
     shape = {"TOP_K": top_k, "SHARED": parts, "H": hidden_size, "I": width, "BLOCK_M": block_m}
     overlapping = overlap(x.device)
 
-    hidden = x.new_empty(num_tokens * (top_k + parts), width)
-    launch = pick(TABLE_FP32 if wide else GATE_UP_TABLE, x.device, block_m)
+    launch = _launch(TABLE_FP32 if wide else GATE_UP_TABLE, x, block_m, parts, width)
+    weight = gate_up
+    if launch["TMA"]:
+        box = [2, launch["BLOCK_N"], launch["BLOCK_K"]]
+        weight = TensorDescriptor.from_tensor(gate_up.view(-1, width, hidden_size), box)
     grid = triton.cdiv(width, launch["BLOCK_N"]), num_tiles + parts * more_tiles
     _gate_up_kernel[grid](
-        *(x, gate_up, shared_gate_up, *tiles, hidden, num_tiles, num_tokens),
+        *(x, weight, shared_gate_up, *tiles, hidden, num_tiles, num_tokens),
         **shape,
         **launch,
         **overlapping,
@@ -302,10 +436,15 @@ def _compute(
 
     num_entries = ids.numel()
     products = x.new_empty(num_entries + min(parts, 1) * num_tokens, hidden_size)
-    launch = pick(TABLE_FP32 if wide else DOWN_TABLE, x.device, block_m)
+    launch = _launch(TABLE_FP32 if wide else DOWN_TABLE, x, block_m, parts, width)
+    tokens, weight = hidden, down
+    if launch["TMA"]:
+        columns = launch["BLOCK_K"]
+        tokens = TensorDescriptor.from_tensor(hidden, [block_m, columns])
+        weight = TensorDescriptor.from_tensor(down, [1, launch["BLOCK_N"], columns])
     grid = triton.cdiv(hidden_size, launch["BLOCK_N"]), num_tiles + min(parts, 1) * more_tiles
     _down_kernel[grid](
-        *(hidden, down, shared_down, weights, *tiles, products, num_tiles, num_tokens),
+        *(tokens, weight, shared_down, weights, *tiles, products, num_tiles, num_tokens),
         **shape,
         **launch,
         **overlapping,

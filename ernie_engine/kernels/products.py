@@ -10,9 +10,19 @@ A sum of products lives in empty_sum(), grows by add_product() and is rounded by
 import triton
 import triton.language as tl
 
+ANYWHERE = tl.constexpr("")
+PAST_L1 = tl.constexpr(".cg")  # for what was there before wait_for_inputs()
+
 
 @triton.jit
-def load_columns(rows, inside, start, K: tl.constexpr, BLOCK_K: tl.constexpr):
+def load_columns(
+    rows,
+    inside,
+    start,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CACHE: tl.constexpr = ANYWHERE,
+):
     """Columns start .. start + BLOCK_K - 1 of rows (pointers [R]) of length K: [R, BLOCK_K].
 
     Zero, and no traffic, for rows that are not `inside` and beyond the last column.
@@ -21,7 +31,7 @@ def load_columns(rows, inside, start, K: tl.constexpr, BLOCK_K: tl.constexpr):
     mask = inside[:, None]
     if K % BLOCK_K != 0:
         mask = mask & (k < K)
-    return tl.load(rows[:, None] + k, mask=mask, other=0.0)
+    return tl.load(rows[:, None] + k, mask=mask, other=0.0, cache_modifier=CACHE)
 
 
 @triton.jit

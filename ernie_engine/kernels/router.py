@@ -36,8 +36,8 @@ TABLE = {
     (DEFAULT, 16384): {"ROWS": 64, "EXPERTS": 64, "INNER": 32, "COLUMNS": 16384, "num_warps": 8},
     ("sm_90", 16): {"ROWS": 1, "EXPERTS": 1, "INNER": 0, "COLUMNS": 0, "num_warps": 4},
     ("sm_90", 64): {"ROWS": 16, "EXPERTS": 64, "INNER": 128, "COLUMNS": 128, "num_warps": 4},
-    ("sm_90", 1024): {"ROWS": 32, "EXPERTS": 64, "INNER": 128, "COLUMNS": 128, "num_warps": 4},
-    ("sm_90", 16384): {"ROWS": 64, "EXPERTS": 64, "INNER": 128, "COLUMNS": 16384, "num_warps": 4},
+    ("sm_90", 1024): {"ROWS": 64, "EXPERTS": 64, "INNER": 128, "COLUMNS": 128, "num_warps": 4},
+    ("sm_90", 16384): {"ROWS": 64, "EXPERTS": 64, "INNER": 64, "COLUMNS": 640, "num_warps": 4},
 }
 CANDIDATES = [
     *(
@@ -49,7 +49,7 @@ CANDIDATES = [
     *(
         {"ROWS": rows, "EXPERTS": experts, "INNER": inner, "COLUMNS": columns, "num_warps": 4}
         for rows, experts in ((16, 32), (16, 64), (32, 32), (32, 64), (64, 64), (128, 64))
-        for inner, columns in ((64, 64), (128, 128), (64, 256), (128, 512), (128, 16384))
+        for inner, columns in ((64, 64), (128, 128), (64, 256), (128, 512), (64, 640), (128, 16384))
     ),
 ]
 CHOICE_ROWS = 4  # tokens of a program that chooses

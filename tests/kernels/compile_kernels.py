@@ -22,7 +22,7 @@ from ernie_engine.kernels.registry import IMPLEMENTATIONS
 ARCHITECTURES = (80, 90)
 # Such that every bucket of every table is asked for, in the dtype that serves and in the one whose
 # tiles take most room.
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 8192)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 8192, 16384)
 COMPILED = {
     "some": [
         *((torch.bfloat16, "21B tp1", n) for n in SIZES),

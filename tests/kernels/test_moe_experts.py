@@ -184,6 +184,33 @@ def test_grouped_at_each_tile(monkeypatch, block_m):
     check(moe_experts_grouped, make_there(torch.float16, 90, 3, 40, 70, 2))
 
 
+def with_copy_engine(monkeypatch, block_m):
+    """All grouped products in tiles of block_m entries, whose boxes the copy engine brings."""
+    row = {"BLOCK_N": 32, "BLOCK_K": 64, "TMA": 1, "num_warps": 4, "num_stages": 2}
+    monkeypatch.setattr(moe_grouped, "TILE_TABLE", {(DEFAULT, 1): {"BLOCK_M": block_m}})
+    monkeypatch.setattr(moe_grouped, "GATE_UP_TABLE", {(DEFAULT, 1): row})
+    monkeypatch.setattr(moe_grouped, "DOWN_TABLE", {(DEFAULT, 1): row})
+    return row
+
+
+@pytest.mark.parametrize("block_m", [64, 128])  # 128: tiles that are not half full, too
+@pytest.mark.parametrize(("hidden", "width"), [(40, 72), (128, 64), (8, 200)])
+def test_grouped_with_the_copy_engine(monkeypatch, hidden, width, block_m):
+    row = with_copy_engine(monkeypatch, block_m)
+    case = make_there(torch.float16, 150, 3, hidden, width, 2)
+    assert moe_grouped._launch({(DEFAULT, 1): row}, case[0], block_m, 0, width)["TMA"] == 1
+    check(moe_experts_grouped, case)
+    check(moe_experts_grouped, case, first_expert=1)
+
+
+@pytest.mark.parametrize(("hidden", "width"), [(36, 72), (40, 20)])
+def test_rows_that_the_copy_engine_does_not_take(monkeypatch, hidden, width):
+    row = with_copy_engine(monkeypatch, 64)
+    case = make_there(torch.float16, 40, 3, hidden, width, 2)
+    assert moe_grouped._launch({(DEFAULT, 1): row}, case[0], 64, 0, width)["TMA"] == 0
+    check(moe_experts_grouped, case)
+
+
 @BOTH
 def test_roundings_are_the_twins(kernels):
     """With sums of one term only roundings are left; one left out changes many a result."""
@@ -215,7 +242,8 @@ UNWRITTEN = torch.iinfo(torch.int32).max  # poisoned_memory
 
 def check_sort(ids, num_experts, first_expert, block_m):
     """Every local entry in exactly one tile, in a tile of its own expert, in order."""
-    order, bounds = sort_by_expert(ids.to(where_kernels_run()), num_experts, first_expert, block_m)
+    there = ids.to(where_kernels_run())
+    order, bounds, used = sort_by_expert(there, num_experts, first_expert, block_m)
     local = ids.flatten() - first_expert
     key = local.where((local >= 0) & (local < num_experts), num_experts)
     num_local = int((key < num_experts).sum())
@@ -223,8 +251,9 @@ def check_sort(ids, num_experts, first_expert, block_m):
     assert torch.equal(order[:num_local].cpu().long(), expected)
     assert (order[num_local:] == UNWRITTEN).all()  # other ranks' entries are placed nowhere
     covered = []
-    for expert, first, last in bounds.cpu().T.tolist():
-        assert 0 <= expert < num_experts and 0 <= last - first <= block_m
+    assert (bounds[:, used:] == UNWRITTEN).all()
+    for expert, first, last in bounds[:, :used].cpu().T.tolist():
+        assert 0 <= expert < num_experts and 0 < last - first <= block_m
         assert (local[expected[first:last]] == expert).all()
         covered += range(first, last)
     assert covered == list(range(num_local))
