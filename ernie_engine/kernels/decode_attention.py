@@ -65,8 +65,8 @@ TABLE_FP32 = {
     (DEFAULT, 128): {"SPLITS": 4, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
     (DEFAULT, 512): {"SPLITS": 1, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
 }
-MIN_SPLIT_KEYS = tl.constexpr(64)  # a range has no fewer: merging would cost more than it saves
-MERGED_AT_ONCE = tl.constexpr(4)  # splits whose values a merging program has in registers
+MIN_SPLIT_KEYS = 64  # a range has no fewer: merging would cost more than it saves
+MERGED_NUMBERS = 4096  # numbers, of several splits, that a merging program asks for together
 MAX_GATHERED_TOKENS = 1 << 18  # rows x longest context of one padded batch
 
 
@@ -83,11 +83,10 @@ def _merge(
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     ROWS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
     """out[pair] = sum_s 2^(lse[s, pair] - max lse) values[s, pair] / sum_s 2^(...), over the `used`
     splits, for the row's query tokens and the heads of one group; see _split_kernel()."""
-    AT_ONCE: tl.constexpr = min(SPLITS, MERGED_AT_ONCE)
     m, dims = tl.arange(0, ROWS), tl.arange(0, HEAD_DIM)
     real = m < num_queries * GROUP
     pair = first_pair + (m // GROUP).to(tl.int64) * (KV_HEADS * GROUP) + m % GROUP
@@ -135,20 +134,22 @@ def _split_kernel(
     QUERIES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
+    LEAST: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One row, K/V head and range of keys -> values [SPLITS, T, Hq, D], lse [SPLITS, T, Hq].
 
-    A context fills as many of the SPLITS ranges as have MIN_SPLIT_KEYS keys each; the program that
-    finishes last puts them together. With one range that is all: straight to `out`.
+    A context fills as many of the SPLITS ranges as have LEAST keys each; the program that finishes
+    last puts them together. With one range that is all: straight to `out`.
     """
+    split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first_token = tl.load(query_start + row, cache_modifier=".cg")
+    num_queries = tl.load(query_start + row + 1, cache_modifier=".cg") - first_token
+    context = tl.load(context_lens + row, cache_modifier=".cg")
     # No key is asked for before: a row may share blocks that the launch before is writing.
     wait_for_inputs(PDL)
-    split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first_token = tl.load(query_start + row)
-    num_queries = tl.load(query_start + row + 1) - first_token
-    context = tl.load(context_lens + row)
-    per_split = tl.cdiv(tl.maximum(tl.cdiv(context, SPLITS), MIN_SPLIT_KEYS), BLOCK_N) * BLOCK_N
+    per_split = tl.cdiv(tl.maximum(tl.cdiv(context, SPLITS), LEAST), BLOCK_N) * BLOCK_N
     first = split * per_split
     if (num_queries == 0) | (first >= context):
         return
@@ -180,9 +181,12 @@ def _split_kernel(
         BLOCK_N,
         True,
     )
-    store_split(acc, total, top, values, lse, split * stride + pair, real, HEAD_DIM, SPLITS)
-    if SPLITS > 1:
-        used = tl.cdiv(context, per_split)
+    used = tl.cdiv(context, per_split)
+    if SPLITS == 1 or used == 1:
+        store_split(acc, total, top, out, lse, pair, real, HEAD_DIM, 1)
+    else:
+        result = split * stride + pair
+        store_split(acc, total, top, values, lse, result, real, HEAD_DIM, SPLITS)
         if is_last(tickets + row * KV_HEADS + kv_head, used):
             _merge(
                 values,
@@ -196,7 +200,7 @@ def _split_kernel(
                 KV_HEADS,
                 HEAD_DIM,
                 ROWS,
-                SPLITS,
+                AT_ONCE,
             )
 
 
@@ -211,7 +215,8 @@ def decode_attention_triton(
     max_query_len: int,
 ) -> Tensor:
     """As the twin, all tensors contiguous (block_tables: its rows). D and block_size are powers
-    of two, D at least 16. Tokens from query_start[R] on are padding and left unwritten."""
+    of two, D at least 16. Tokens from query_start[R] on are padding and left unwritten.
+    query_start and context_lens are not what the launch before wrote: see wait_for_inputs()."""
     (num_tokens, num_heads, head_dim), num_rows = q.shape, len(context_lens)
     block_size, kv_heads = k_cache.shape[1:3]
     out = torch.empty_like(q)
@@ -223,6 +228,7 @@ def decode_attention_triton(
     values, lse = split_buffers(out, launch["SPLITS"])
     counters = tickets("decode_attention", q.device)
     assert num_rows * kv_heads <= len(counters)
+    rows = triton.next_power_of_2(num_heads // kv_heads * max_query_len)
     _split_kernel[launch["SPLITS"], kv_heads, num_rows](
         q,
         k_cache,
@@ -242,6 +248,8 @@ def decode_attention_triton(
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         QUERIES=max_query_len,
+        LEAST=MIN_SPLIT_KEYS,
+        AT_ONCE=max(1, min(launch["SPLITS"], MERGED_NUMBERS // (rows * head_dim))),
         **launch,
         **overlap(q.device),
     )
