@@ -147,12 +147,14 @@ def _down_kernel(
     shared,
     weights,
     ids,
+    choices,
     out,
     first_expert,
     NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     SHARED: tl.constexpr,
     PARTS: tl.constexpr,  # a power of two that holds TOP_K + SHARED
+    CLEAR: tl.constexpr,
     H: tl.constexpr,
     I: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -164,7 +166,9 @@ def _down_kernel(
     [T, H]: BLOCK of a row. All choices at once, so that their weights come together.
 
     What the router chose is known while the launch before still runs; where BLOCK_K holds a whole
-    row, its experts' weights are on their way by then: see wait_for_inputs().
+    row, its experts' weights are on their way by then: see wait_for_inputs(). CLEAR: the launch
+    before was norm_moe's, whose programs knew the choices before this one could start, and choices
+    [T k] is put back to zero.
     """
     token = tl.program_id(1)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -195,6 +199,9 @@ def _down_kernel(
             vector = tl.load(hidden_rows + start + k, mask=here, other=0.0).to(tl.float32)
             acc += tl.load(rows + start + k, mask=here, other=0.0).to(tl.float32) * vector
         y = tl.sum(acc, 2)
+    if CLEAR:
+        nobody_reads = mask & (tl.program_id(0) == 0)
+        tl.store(choices + at, tl.zeros([PARTS, 1], tl.int32), mask=nobody_reads)
     dtype = out.dtype.element_ty
     weighted = (y.to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
     total = tl.sum(tl.where(ours, weighted, 0.0), 0).to(dtype)
@@ -228,23 +235,44 @@ def moe_experts_few(
     hidden, out = x.new_empty(num_tokens, num_shared + top_k, width), torch.empty_like(x)
     launch = pick(GATE_UP_TABLE, x.device, num_tokens)
     grid = triton.cdiv(width, launch["BLOCK"]), num_tokens * (top_k + num_shared)
-    overlapping = overlap(x.device)
     _gate_up_kernel[grid](
         *(x, gate_up, shared_gate_up, ids, hidden, first_expert),
         WIDTH=triton.next_power_of_2(hidden_size),
         **shape,
         **launch,
-        **overlapping,
+        **overlap(x.device),
     )
-    table = DOWN_TABLE_FP32 if x.dtype == torch.float32 else DOWN_TABLE
-    launch = pick(table, x.device, num_tokens)
-    grid = triton.cdiv(hidden_size, launch["BLOCK"]), num_tokens
-    parts = triton.next_power_of_2(top_k + num_shared)
-    _down_kernel[grid](
-        *(hidden, down, shared_down, weights, ids, out, first_expert),
-        PARTS=parts,
-        **shape,
-        **launch,
-        **overlapping,
-    )
+    add_up_few(hidden, down, shared_down, weights, ids, out, first_expert, num_shared)
     return out
+
+
+def add_up_few(
+    hidden: Tensor,
+    down: Tensor,
+    shared_down: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    out: Tensor,
+    first_expert: int,
+    num_shared: int,
+    choices: Tensor | None = None,
+) -> None:
+    """The second launch: hidden [T, num_shared + k, I] -> out [T, H]; `choices` of norm_moe."""
+    num_tokens, hidden_size = out.shape
+    top_k, (num_experts, _, width) = ids.shape[1], down.shape
+    table = DOWN_TABLE_FP32 if out.dtype == torch.float32 else DOWN_TABLE
+    launch = pick(table, out.device, num_tokens)
+    grid = triton.cdiv(hidden_size, launch["BLOCK"]), num_tokens
+    _down_kernel[grid](
+        *(hidden, down, shared_down, weights, ids, ids if choices is None else choices),
+        *(out, first_expert),
+        NUM_EXPERTS=num_experts,
+        TOP_K=top_k,
+        SHARED=num_shared,
+        PARTS=triton.next_power_of_2(top_k + num_shared),
+        CLEAR=choices is not None,
+        H=hidden_size,
+        I=width,
+        **launch,
+        **overlap(out.device),
+    )

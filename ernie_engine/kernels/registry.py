@@ -20,6 +20,7 @@ from ernie_engine.kernels import (
     linear,
     logprobs,
     moe,
+    norm_moe,
     norm_qkv_rope,
     norm_router,
     penalties,
@@ -56,6 +57,7 @@ class Ops:
     token_logprobs: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     norm_qkv_rope: Callable[..., tuple[Tensor, Tensor]]
     norm_router: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    norm_moe: Callable[..., tuple[Tensor, Tensor]]
 
     def implementations(self) -> dict[str, str]:
         """op -> the name of what runs."""
@@ -114,14 +116,18 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     **logprobs.IMPLEMENTATIONS,
     **norm_qkv_rope.IMPLEMENTATIONS,
     **norm_router.IMPLEMENTATIONS,
+    **norm_moe.IMPLEMENTATIONS,
 }
-# fusion -> how it is put together from other ops, and from which
+# fusion -> how it is put together, of what kind of parts, and which of them; one that is a part
+# of another before it
 FUSIONS = {
     "norm_qkv_rope": (
         norm_qkv_rope.composed,
+        Parts,
         ("rms_norm", "add_rms_norm", "linear", "rope_and_cache"),
     ),
-    "norm_router": (norm_router.composed, ("rms_norm", "add_rms_norm", "router")),
+    "norm_router": (norm_router.composed, Parts, ("rms_norm", "add_rms_norm", "router")),
+    "norm_moe": (norm_moe.composed, norm_moe.Parts, ("norm_router", "moe_experts")),
 }
 PARTS = "parts"  # what runs for a fusion whose parts run one by one
 
@@ -172,7 +178,7 @@ def _parse(kernels: str, auto: str) -> dict[str, str]:
         if op not in IMPLEMENTATIONS:
             raise ValueError(f"there is no op {op!r}; use one of {list(IMPLEMENTATIONS)}")
         chosen[op] = name
-    for fusion, (_, parts) in FUSIONS.items():
+    for fusion, (*_, parts) in FUSIONS.items():
         names = {chosen[part] for part in parts}
         chosen.setdefault(fusion, names.pop() if len(names) == 1 else PARTS)
     return chosen
@@ -188,10 +194,12 @@ def _check_runnable(chosen: dict[str, str], device_type: str) -> None:
 
 def _assemble(chosen: dict[str, str]) -> Ops:
     known = {op: _find(op, name) for op, name in chosen.items() if op not in FUSIONS}
-    parts = Parts(**{field.name: known[field.name] for field in fields(Parts)})
-    for fusion, (composed, _) in FUSIONS.items():
-        by_parts = chosen[fusion] == PARTS
-        known[fusion] = partial(composed, parts) if by_parts else _find(fusion, chosen[fusion])
+    for fusion, (composed, kind, _) in FUSIONS.items():
+        if chosen[fusion] != PARTS:
+            known[fusion] = _find(fusion, chosen[fusion])
+            continue
+        parts = kind(**{field.name: known[field.name] for field in fields(kind)})
+        known[fusion] = partial(composed, parts)
     return Ops(**known)
 
 

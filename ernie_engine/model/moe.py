@@ -54,21 +54,12 @@ class MLP(nn.Module):
 class Router(nn.Module):
     """Which experts a token goes to: the bias takes part in the choice, not in the weights."""
 
-    def __init__(self, config: ModelConfig, ops: Ops, place: Placement):
+    def __init__(self, config: ModelConfig, place: Placement):
         super().__init__()
-        self.ops, self.top_k, self.norm_min = ops, config.moe_k, config.moe_norm_min
+        self.top_k, self.norm_min = config.moe_k, config.moe_norm_min
         shape = config.moe_num_experts, config.hidden_size
         self.weight = empty_weight(*shape, place=place, dtype=torch.float32)
         self.bias = empty_weight(shape[0], place=place, dtype=torch.float32)
-
-    def forward(
-        self, x: Tensor, residual: Tensor, norm: RMSNorm
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x, residual [T, H] -> norm(residual + x), residual + x, weights [T, k], ids [T, k]."""
-        return self.ops.norm_router(
-            *(x, residual, norm.weight, norm.eps),
-            *(self.weight, self.bias, self.top_k, self.norm_min),
-        )
 
     def parts(self, prefix: str) -> Iterator[WeightPart]:
         yield whole_part(f"{prefix}.gate.weight", self.weight)
@@ -83,7 +74,7 @@ class MoE(nn.Module):
         super().__init__()
         self.ops, self.mesh = ops, place.mesh
         hidden_size, width = config.hidden_size, config.moe_intermediate_size
-        self.gate = Router(config, ops, place)
+        self.gate = Router(config, place)
         self.experts = ExpertWeights(config.moe_num_experts, hidden_size, width, place)
         shared_width = width * config.moe_num_shared_experts
         self.shared_experts = None
@@ -92,11 +83,12 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         """x, residual [T, H] -> experts of norm(residual + x) [T, H], residual + x."""
-        x, hidden, weights, ids = self.gate(x, residual, norm)
-        experts, shared = self.experts, self.shared_experts
+        gate, experts, shared = self.gate, self.experts, self.shared_experts
         of_shared = (shared.gate_up_proj.weight, shared.down_proj.weight) if shared else ()
-        y = self.ops.moe_experts(
-            x, experts.gate_up, experts.down, weights, ids, experts.first, *of_shared
+        y, hidden = self.ops.norm_moe(
+            *(x, residual, norm.weight, norm.eps),
+            *(gate.weight, gate.bias, gate.top_k, gate.norm_min),
+            *(experts.gate_up, experts.down, experts.first, *of_shared),
         )
         return all_reduce(y, self.mesh), hidden  # one for the routed and the shared
 

@@ -121,15 +121,17 @@ def test_uninitialised_memory_is_poisoned():
 def test_a_fusion_runs_where_all_its_parts_are_kernels():
     def chosen(kernels):
         names = select(kernels, "cuda").implementations()
-        return names["norm_qkv_rope"], names["norm_router"]
+        return names["norm_qkv_rope"], names["norm_router"], names["norm_moe"]
 
     everything = kernels_that_exist()
-    assert chosen(everything) == ("triton", "triton")
-    assert chosen("torch") == ("torch", "torch")
-    assert chosen(f"{everything},-router") == ("triton", "parts")
-    assert chosen(f"{everything},-rms_norm") == ("parts", "parts")
-    assert chosen(f"{everything},-norm_qkv_rope") == ("parts", "triton")
-    assert chosen("torch,norm_router=triton") == ("torch", "triton")
+    assert chosen(everything) == ("triton", "triton", "triton")
+    assert chosen("torch") == ("torch", "torch", "torch")
+    assert chosen(f"{everything},-router") == ("triton", "parts", "parts")
+    assert chosen(f"{everything},-rms_norm") == ("parts", "parts", "parts")
+    assert chosen(f"{everything},-norm_qkv_rope") == ("parts", "triton", "triton")
+    assert chosen(f"{everything},-norm_moe") == ("triton", "triton", "parts")
+    assert chosen(f"{everything},-moe_experts") == ("triton", "triton", "parts")
+    assert chosen("torch,norm_router=triton") == ("torch", "triton", "parts")
     with pytest.raises(ValueError, match="linear has no implementation 'parts'"):
         select("torch,linear=parts", "cuda")
 

@@ -1,6 +1,7 @@
 """The engine against transformers: greedy tokens, log-probabilities, error in bf16."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ import torch
 from ernie_engine import Engine, SamplingParams
 from ernie_engine.engine.plan import NewSlot, SamplingPart, SamplingSpec, StepPlan
 from ernie_engine.engine_config import EngineConfig
+from ernie_engine.kernels import norm_moe
 from ernie_engine.kernels.registry import Ops
-from ernie_engine.model.moe import Router
+from ernie_engine.model.moe import MoE
 from ernie_engine.model.startup import describe, open_model
 from tests.reference import (
     GEOMETRIES,
@@ -95,23 +97,24 @@ def test_greedy_tokens_and_logprobs_equal_in_fp32(tmp_path, name, device, kernel
         assert (got - expected).abs().max() < 1e-4
 
 
-def drop_bias(router: Router) -> None:
-    router.bias.data.zero_()
+def drop_bias(moe: MoE) -> None:
+    moe.gate.bias.data.zero_()
 
 
-def round_bias(router: Router) -> None:
-    router.bias.data.copy_(router.bias.bfloat16())
+def round_bias(moe: MoE) -> None:
+    moe.gate.bias.data.copy_(moe.gate.bias.bfloat16())
 
 
-def add_bias_to_weights(router: Router) -> None:
-    right = router.ops.norm_router
+def add_bias_to_weights(moe: MoE) -> None:
+    right = moe.ops.norm_router
 
     def wrong(x, residual, norm, eps, weight, bias, top_k, norm_min):
         y, total, _, ids = right(x, residual, norm, eps, weight, bias, top_k, norm_min)
         scores = ((y.float() @ weight.T).softmax(-1) + bias).gather(1, ids)
         return y, total, (scores / scores.sum(-1, keepdim=True)).to(x.dtype), ids
 
-    router.ops = replace(router.ops, norm_router=wrong)
+    parts = norm_moe.Parts(wrong, moe.ops.moe_experts)
+    moe.ops = replace(moe.ops, norm_moe=partial(norm_moe.composed, parts))
 
 
 @pytest.mark.parametrize("fault", [drop_bias, round_bias, add_bias_to_weights])
@@ -124,7 +127,7 @@ def test_a_wrong_use_of_the_router_bias_shows(tmp_path, fault):
 
     def plant(engine_model) -> None:
         for module in engine_model.modules():
-            if isinstance(module, Router):
+            if isinstance(module, MoE):
                 assert isinstance(module.ops, Ops)
                 fault(module)
 

@@ -9,6 +9,7 @@ from ernie_engine.bench.floors import Work
 from ernie_engine.bench.kernels.case import KernelCase
 from ernie_engine.bench.kernels.checking import Tensors, near, near_each
 from ernie_engine.bench.kernels.shapes import RankShape
+from ernie_engine.kernels.parts import TORCH
 
 NORM_MIN, EPS = 1e-12, 1e-5
 NEAR_TIE = 4e-6  # p + bias near 24 is rounded to about 2e-6: two so near may change places
@@ -107,3 +108,30 @@ def moe_experts_cases(shape: RankShape, tokens: int, dtype: torch.dtype) -> Iter
     pairs = tokens * shape.top_k * local / shape.num_experts
     flops = 6 * hidden * (pairs * width + tokens * shared)
     yield KernelCase("moe_experts", shape.name, tokens, make, Work(moved, flops))
+
+
+MOST_FUSED = 8  # tokens; for more norm_moe is norm_router and moe_experts one after the other
+
+
+def norm_moe_cases(shape: RankShape, tokens: int, dtype: torch.dtype) -> Iterator[KernelCase]:
+    """Tokens whose choice no rounding changes: of eight times as many those that are clearest."""
+    if tokens > MOST_FUSED:
+        return
+    experts_cases = moe_experts_cases(shape, tokens, dtype)
+    for router, experts in zip(
+        norm_router_cases(shape, 8 * tokens, dtype), experts_cases, strict=True
+    ):
+
+        def make(device, router=router, experts=experts):
+            x, residual, *route = router.make(device)
+            norm, eps, weight, bias, top_k, _ = route
+            y, _ = TORCH.norm(x, residual, norm, eps)
+            scores = (y.float() @ weight.T).softmax(dim=-1) + bias
+            best = scores.topk(min(top_k + 1, len(bias)), dim=-1).values
+            clearest = (best[:, top_k - 1] - best[:, -1]).topk(tokens).indices
+            _, gate_up, down, _, _, *rest = experts.make(device)
+            return x[clearest], residual[clearest], *route, gate_up, down, *rest
+
+        moved = router.work.num_bytes + experts.work.num_bytes
+        work = Work(moved, router.work.flops + experts.work.flops)
+        yield KernelCase("norm_moe", shape.name, tokens, make, work)

@@ -8,6 +8,7 @@ from ernie_engine.bench.kernels.attention import decode_attention_cases, prefill
 from ernie_engine.bench.kernels.case import KernelCase
 from ernie_engine.bench.kernels.experts import (
     moe_experts_cases,
+    norm_moe_cases,
     norm_router_cases,
     router_cases,
 )
@@ -51,6 +52,7 @@ CASES: dict[str, Cases] = {
     "token_logprobs": token_logprobs_cases,
     "norm_qkv_rope": norm_qkv_rope_cases,
     "norm_router": norm_router_cases,
+    "norm_moe": norm_moe_cases,
 }
 
 

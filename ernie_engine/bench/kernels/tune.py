@@ -26,6 +26,7 @@ from ernie_engine.kernels import (
     moe,
     moe_few,
     moe_grouped,
+    norm_moe,
     norm_qkv_rope,
     norm_router,
     prefill_attention,
@@ -110,6 +111,11 @@ def _hidden_size(case: KernelCase) -> int | None:
     return case.make(torch.device("meta"))[0].shape[1] if case.size == 1 else None
 
 
+def _normed_numbers(case: KernelCase) -> int | None:
+    """Tokens x hidden size, of the fewest tokens."""
+    return case.make(torch.device("meta"))[0].numel() if case.size <= 2 else None
+
+
 def _fusion(module: Any, row: Params, most_tokens: int) -> list[Tunable]:
     """`row` of FEW is one launch."""
     name, fused = module.__name__.rpartition(".")[2], [(module.FEW, row)]
@@ -140,6 +146,16 @@ TUNABLE = {
     ],
     "norm_qkv_rope": _fusion(norm_qkv_rope, {"FEW": 1}, MOST_TOKENS),
     "norm_router": _fusion(norm_router, {"ROWS": 1}, 64),
+    "norm_moe": [
+        Tunable(
+            "norm_moe.TABLE",
+            norm_moe.TABLE,
+            norm_moe.CANDIDATES,
+            _normed_numbers,
+            lambda _: [(norm_moe.FEW, {"FEW": 1})],
+        ),
+        Tunable("norm_moe.FEW", norm_moe.FEW, norm_moe.FEW_CANDIDATES, _few(MOST_TOKENS)),
+    ],
     "rms_norm": [Tunable("rms_norm.TABLE", rms_norm.TABLE, rms_norm.CANDIDATES)],
     "add_rms_norm": [Tunable("rms_norm.TABLE", rms_norm.TABLE, rms_norm.CANDIDATES)],
     "rope_and_cache": [Tunable("rope.TABLE", rope.TABLE, rope.CANDIDATES)],
