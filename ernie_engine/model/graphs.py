@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ernie_engine.engine_config import ResolvedConfig
-from ernie_engine.kernels.registry import Ops
+from ernie_engine.kernels.registry import PARTS, Ops
 from ernie_engine.model.batch import StepShape
 from ernie_engine.model.forward import Forward, StepRows
 from ernie_engine.model.slots import host_tensor
@@ -27,7 +27,7 @@ MAX_MIXED_ROWS = 64
 # attention hides the host.
 MIXED_CONTEXT = 4096
 # Ops whose twins in torch wait for the device to learn a size.
-_WAITING_TWINS = ("prefill_attention", "decode_attention", "moe_experts")
+_WAITING_TWINS = ("prefill_attention", "decode_attention", "moe_experts", "norm_moe")
 
 Output = tuple[StepRows, Tensor]
 
@@ -39,7 +39,9 @@ def obstacle(config: ResolvedConfig, ops: Ops) -> str | None:
     if not config.device.startswith("cuda"):
         return f"device={config.device}"
     chosen = ops.implementations()
-    waiting = [f"{op}={chosen[op]}" for op in _WAITING_TWINS if chosen[op] != "triton"]
+    waiting = [
+        f"{op}={chosen[op]}" for op in _WAITING_TWINS if chosen[op] not in ("triton", PARTS)
+    ]
     return f"{', '.join(waiting)} waits for the device" if waiting else None
 
 
