@@ -2,7 +2,7 @@
 
 import torch
 
-from ernie_engine.model.forward import StepRows
+from ernie_engine.model.forward import StepOutput, StepRows
 
 
 class Rerun:
@@ -22,9 +22,9 @@ class Rerun:
             for place, value in zip(places, _flat(work()), strict=True):
                 place.copy_(value)
 
-        return (StepRows(*places[:-1]), places[-1]), replay
+        rows, (hidden, *logits) = places[: len(StepRows._fields)], places[len(StepRows._fields) :]
+        return StepOutput(StepRows(*rows), hidden, logits[0] if logits else None), replay
 
 
-def _flat(output) -> list[torch.Tensor]:
-    rows, hidden = output
-    return [*rows, hidden]
+def _flat(output: StepOutput) -> list[torch.Tensor]:
+    return [t for t in (*output.rows, output.hidden, output.logits) if t is not None]

@@ -26,7 +26,47 @@ from ernie_engine.kernels.row_settings import (
     load_setting,
     scaled_logits,
 )
+from ernie_engine.kernels.tickets import is_last, tickets
 from ernie_engine.kernels.top_filter import find_thresholds
+
+
+@triton.jit
+def _greedy_kernel(
+    logits,
+    best_keys,
+    tokens,
+    counters,
+    vocab_size,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,  # a power of two that holds all chunks
+):
+    """A chunk's best key; the last program of a row has the best of all."""
+    row, ids = tl.program_id(0).to(tl.int64), chunk_ids(CHUNK)
+    keys = order_keys(load_logits(logits, ids, vocab_size), ids)
+    keys = tl.where(ids < vocab_size, keys, FIRST_KEY)
+    tl.store(best_keys + chunk_at(), tl.max(keys, axis=0))
+    num_chunks = tl.num_programs(1)
+    if is_last(counters + row, num_chunks):
+        chunks = tl.arange(0, CHUNKS)
+        at = best_keys + row * num_chunks + chunks
+        best = tl.load(at, mask=chunks < num_chunks, other=FIRST_KEY, cache_modifier=".cg")
+        tl.store(tokens + row, key_ids(tl.max(best, axis=0)))
+
+
+def _find_greedy(logits: Tensor) -> Tensor:
+    """logits [R, V] fp32, contiguous -> each row's best token [R] int64, in one launch."""
+    (rows, vocab_size), device = logits.shape, logits.device
+    chunks, counters = num_chunks(vocab_size), tickets("sample", device)
+    assert rows <= len(counters)
+    best_keys = torch.empty(rows, chunks, dtype=torch.int64, device=device)
+    tokens = torch.empty(rows, dtype=torch.int64, device=device)
+    _greedy_kernel[(rows, chunks)](
+        *(logits, best_keys, tokens, counters, vocab_size),
+        CHUNK=CHUNK,
+        CHUNKS=triton.next_power_of_2(chunks),
+        num_warps=4,
+    )
+    return tokens
 
 
 @triton.jit
@@ -80,10 +120,10 @@ def sample_triton(
 ) -> Tensor:
     """As sample_torch, and the same tokens."""
     logits = logits.contiguous()
+    if not draws:
+        return _find_greedy(logits)
     rows, vocab_size = logits.shape
     settings, greedy = find_settings(logits, temperature, top_k, top_p, min_p)
-    if not draws:
-        return greedy
     thresholds = find_thresholds(logits, settings) if filters else greedy  # not looked at
     chunks = num_chunks(vocab_size)
     drawn_keys = torch.empty(rows, chunks, dtype=torch.int64, device=logits.device)

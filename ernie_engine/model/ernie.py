@@ -140,6 +140,11 @@ class Ernie(nn.Module):
             self.pulse.beat()
         return x if residual is None else residual + x  # as the next norm would add them
 
+    @property
+    def is_last(self) -> bool:
+        """Is this the last stage?"""
+        return self.norm is not None
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Rows of the last stage's forward() [R, H] -> logits [R, V] fp32, on every rank of it."""
         head = self.embed if self.tied else self.lm_head

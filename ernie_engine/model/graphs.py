@@ -15,7 +15,7 @@ from torch import Tensor
 from ernie_engine.engine_config import ResolvedConfig
 from ernie_engine.kernels.registry import PARTS, Ops
 from ernie_engine.model.batch import StepShape
-from ernie_engine.model.forward import Forward, StepRows
+from ernie_engine.model.forward import Forward, StepOutput
 from ernie_engine.model.slots import host_tensor
 
 DECODE_SIZES = (*range(1, 8), *range(8, 64, 8), *range(64, 128, 16), *range(128, 513, 32))
@@ -29,8 +29,6 @@ MIXED_CONTEXT = 4096
 # Ops whose twins in torch wait for the device to learn a size.
 _WAITING_TWINS = ("prefill_attention", "decode_attention", "moe_experts", "norm_moe")
 
-Output = tuple[StepRows, Tensor]
-
 
 def obstacle(config: ResolvedConfig, ops: Ops) -> str | None:
     """Why nothing is recorded; None if graphs it shall be."""
@@ -39,9 +37,7 @@ def obstacle(config: ResolvedConfig, ops: Ops) -> str | None:
     if not config.device.startswith("cuda"):
         return f"device={config.device}"
     chosen = ops.implementations()
-    waiting = [
-        f"{op}={chosen[op]}" for op in _WAITING_TWINS if chosen[op] not in ("triton", PARTS)
-    ]
+    waiting = [f"{op}={chosen[op]}" for op in _WAITING_TWINS if chosen[op] not in ("triton", PARTS)]
     return f"{', '.join(waiting)} waits for the device" if waiting else None
 
 
@@ -99,11 +95,11 @@ def _up_to(sizes: Sequence[int], most: int) -> list[int]:
 class Recorder(Protocol):
     """How work is recorded. CudaRecorder; tests without a GPU bring one that runs it again."""
 
-    def run(self, work: Callable[[], Output]) -> Output:
+    def run(self, work: Callable[[], StepOutput]) -> StepOutput:
         """Do it now, where it will be recorded."""
         ...
 
-    def record(self, work: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
+    def record(self, work: Callable[[], StepOutput]) -> tuple[StepOutput, Callable[[], None]]:
         """Its results' places, and what fills them anew."""
         ...
 
@@ -116,14 +112,14 @@ class CudaRecorder:
         self._stream = torch.cuda.Stream()
         self._pool = torch.cuda.graph_pool_handle()
 
-    def run(self, work: Callable[[], Output]) -> Output:
+    def run(self, work: Callable[[], StepOutput]) -> StepOutput:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             output = work()
         torch.cuda.current_stream().wait_stream(self._stream)
         return output
 
-    def record(self, work: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
+    def record(self, work: Callable[[], StepOutput]) -> tuple[StepOutput, Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
         # Other threads (NCCL's watchdog) may ask for events meanwhile.
         where = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
@@ -134,18 +130,18 @@ class CudaRecorder:
 
 class StepGraph:
     """One shape's recording: its inputs [2, R] int64 (slots and query tokens) and `stream` [T, H],
-    shared with other shapes; its rows and hidden [T, H], valid until any graph is replayed."""
+    shared with other shapes; its output, valid until any graph is replayed."""
 
     def __init__(self, shape: StepShape, forward: Forward, stream: Tensor | None):
         self.shape, self._forward = shape, forward
         self._device, self._spare = forward.state.device, forward.state.spare
         self._columns = torch.zeros(2, shape.num_rows, dtype=torch.int64, device=self._device)
         self._stream = None if stream is None else stream[: shape.num_tokens]
-        self._output: Output | None = None
+        self._output: StepOutput | None = None
         self._replay: Callable[[], None] | None = None
         self._filled: tuple[list[int], list[int]] | None = None
 
-    def run(self) -> Output:
+    def run(self) -> StepOutput:
         """The work itself, on the inputs as they are."""
         return self._forward(self._columns[0], self._columns[1], self.shape, self._stream)
 
@@ -166,13 +162,16 @@ class StepGraph:
 
     def replay(
         self, slots: Sequence[int], counts: Sequence[int], stream: Tensor | None
-    ) -> tuple[StepRows, Tensor]:
-        """As Forward, of a step that fits: rows, padding behind them, and hidden of real tokens."""
+    ) -> StepOutput:
+        """As Forward, of a step that fits: rows, padding behind them, and what else there is of
+        real tokens."""
         assert self._output is not None and self._replay is not None, "it was recorded"
         self.fill(slots, counts, stream)
         self._replay()
-        rows, hidden = self._output
-        return rows, hidden[: sum(counts)]
+        rows, hidden, logits = self._output
+        num_tokens = sum(counts)
+        logits = None if logits is None else logits[:num_tokens]
+        return StepOutput(rows, hidden[:num_tokens], logits)
 
 
 def padded(

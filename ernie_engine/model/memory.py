@@ -74,7 +74,9 @@ def measure_free_memory(
     peak += runner.pipe.most_bytes(sum(plan.num_tokens))
     for_graphs = 0
     if (maker := maker_with(kv)) is not None:
-        for_graphs = bytes_of_graphs(maker, runner.pipe.bytes_per_token)
+        model = runner.model
+        logits_bytes = 4 * model.vocab_size if model.is_last else 0
+        for_graphs = bytes_of_graphs(maker, runner.pipe.bytes_per_token, logits_bytes)
     del runner, maker, kv
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ernie_engine.engine.plan import StepPlan
 from ernie_engine.model.batch import StepShape
-from ernie_engine.model.forward import Forward
+from ernie_engine.model.forward import MOST_LOGITS, Forward, StepOutput
 from ernie_engine.model.graphs import GraphShapes, Recorder, StepGraph, StepGraphs
 from ernie_engine.model.rehearsal import made_up_plan, release_plan, rows_filling
 from ernie_engine.model.slots import Slots, to_device
@@ -60,13 +60,15 @@ class GraphMaker:
         graph.fill(plan.slots, plan.num_tokens, self.stream_of(plan))
         with made_up(state, plan):
             # Compiles what is to be compiled, and is what the replay must equal.
-            expected = self._recorder.run(graph.run)[1][:num_tokens].clone()
+            expected = outputs(self._recorder.run(graph.run), num_tokens)
         with made_up(state, plan):
             graph.record(self._recorder)
         if checked:
             with made_up(state, plan):
-                found = graph.replay(plan.slots, plan.num_tokens, None)[1]
-            self.num_exact += compare(found, expected, shape)
+                found = outputs(graph.replay(plan.slots, plan.num_tokens, None), num_tokens)
+            most = TOLERANCE[expected[0].dtype]
+            both = zip(found, expected, strict=True)
+            self.num_exact += all([compare(*pair, shape, most) for pair in both])
         return graph
 
     def stream_of(self, plan: StepPlan) -> Tensor | None:
@@ -95,25 +97,31 @@ def made_up(state: Slots, plan: StepPlan) -> Iterator[None]:
     state.apply(release_plan(plan))
 
 
-def compare(found: Tensor, expected: Tensor, shape: StepShape) -> bool:
+def outputs(output: StepOutput, num_tokens: int) -> list[Tensor]:
+    """Copies of what a step's real tokens gave: the hidden stream, and logits if there are."""
+    given = output.hidden, output.logits
+    return [tensor[:num_tokens].clone() for tensor in given if tensor is not None]
+
+
+def compare(found: Tensor, expected: Tensor, shape: StepShape, most: float) -> bool:
     """Whether all bits are equal; RuntimeError if more than roundings differ."""
     if torch.equal(found, expected):
         return True
     error = (found - expected).float().square().mean() / expected.float().square().mean()
-    error, most = error.sqrt().item(), TOLERANCE[expected.dtype]
+    error = error.sqrt().item()
     if not error <= most:
         raise RuntimeError(
-            f"the CUDA graph of {shape} is wrong: its hidden stream is off from the eager one by "
+            f"the CUDA graph of {shape} is wrong: what it gives is off from the eager run by "
             f"{error:.3g} (relative RMS; at most {most:g}); enforce_eager=True goes without"
         )
     return False
 
 
-def bytes_of_graphs(maker: GraphMaker, hidden_bytes: int) -> int:
-    """The GPU memory that all graphs will take; hidden_bytes: of one token's hidden stream.
+def bytes_of_graphs(maker: GraphMaker, hidden_bytes: int, logits_bytes: int) -> int:
+    """The GPU memory that all graphs will take; hidden_bytes, logits_bytes: of one token's.
 
     The two that make the pool as large as it gets are recorded and measured, and dropped. Of each
-    other there are the hidden stream that it gives and what the driver keeps.
+    other there are the hidden stream and the logits that it gives and what the driver keeps.
     """
     largest = maker.shapes.largest_first[:2]
     others = maker.shapes.largest_first[2:]
@@ -121,7 +129,9 @@ def bytes_of_graphs(maker: GraphMaker, hidden_bytes: int) -> int:
     made = [maker.make(shape, checked=False) for shape in largest]
     measured = before - free_memory()
     del made
-    return max(0, measured) + sum(GRAPH_BYTES + s.num_tokens * hidden_bytes for s in others)
+    few = sum(s.num_rows for s in others if s.num_decodes and s.num_rows <= MOST_LOGITS)
+    given = sum(GRAPH_BYTES + s.num_tokens * hidden_bytes for s in others) + few * logits_bytes
+    return max(0, measured) + given
 
 
 def make_graphs(

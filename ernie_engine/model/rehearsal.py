@@ -100,13 +100,18 @@ def compiling_plans(config: ResolvedConfig, num_blocks: int) -> Iterator[StepPla
     """Steps that ask for every kernel that this engine's requests can ask for: single tokens in
     all numbers, then prompts in all lengths, behind prefixes that are read in one part or more."""
     longest, budget = config.max_model_len - 1, config.max_num_batched_tokens
-    busy, drawing = busy_spec(config), SamplingSpec(temperature=1.0)
+    busy, drawing, greedy = (
+        busy_spec(config),
+        SamplingSpec(temperature=1.0),
+        SamplingSpec(temperature=0.0),
+    )
 
     def plan(rows: Sequence[Row], spec: SamplingSpec = busy) -> StepPlan:
         sampling = scored(len(rows), rows[-1][1])
         return made_up_plan(rows, config.block_size, num_blocks, (0,), spec, sampling)
 
     most_rows = min(config.max_num_seqs, budget)
+    yield plan([(0, 1)], greedy)
     for size in sizes_up_to(most_rows):
         yield plan([(0, 1)] * size)
         yield plan([(0, 1)] * size, drawing)

@@ -21,7 +21,7 @@ from ernie_engine.engine.plan import (
 from ernie_engine.kernels.registry import Ops
 from ernie_engine.model.batch import shape_of
 from ernie_engine.model.ernie import Ernie
-from ernie_engine.model.forward import Forward, StepRows
+from ernie_engine.model.forward import Forward, StepOutput
 from ernie_engine.model.graphs import NO_GRAPHS, StepGraphs
 from ernie_engine.model.host_copies import HostCopies
 from ernie_engine.model.kv_cache import KVCache
@@ -83,7 +83,7 @@ class ModelRunner:
         self.promises = Promises(pipe, state, max_steps_in_flight)
         self.clock = StageClock(state.device)
         self.copies = HostCopies(state.device)
-        self._launched: tuple[StepPlan, StepRows, Tensor] | None = None
+        self._launched: tuple[StepPlan, StepOutput] | None = None
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> None:
@@ -98,44 +98,42 @@ class ModelRunner:
         self.clock.start()
         graph = self.graphs.find(shape)
         if graph is not None:
-            rows, hidden = graph.replay(plan.slots, plan.num_tokens, stream)
-            if not self.mesh.is_last_stage:
-                hidden = hidden.clone()  # the next replay may come before this is sent
+            output = graph.replay(plan.slots, plan.num_tokens, stream)
+            if not self.mesh.is_last_stage:  # the next replay may come before this is sent
+                output = output._replace(hidden=output.hidden.clone())
         else:
             columns = [list(plan.slots), list(plan.num_tokens)]
             slots, counts = to_device(columns, torch.int64, self.state.device)
-            rows, hidden = self.forward(slots, counts, shape, stream)
-        self.pipe.send_stream(hidden)
-        self._launched = plan, rows, hidden
+            output = self.forward(slots, counts, shape, stream)
+        self.pipe.send_stream(output.hidden)
+        self._launched = plan, output
 
     @torch.inference_mode()
     def sample(self, part: SamplingPart) -> PendingResult | None:
         """Draw from the step just launched and start the copy of the answer to the host; None if
         another rank tells the answer."""
         assert self._launched is not None, "sample() follows launch()"
-        plan, where, hidden = self._launched
+        plan, output = self._launched
         self._launched = None
         result = None
         if self.mesh.is_last_stage:
-            result = self._answer(plan, part, where, hidden)
+            result = self._answer(plan, part, output)
         elif self.mesh.is_first_stage and part.rows:
-            at = to_device(list(part.rows), torch.int64, hidden.device)
-            self.promises.expect([plan.slots[row] for row in part.rows], where.slots[at])
+            at = to_device(list(part.rows), torch.int64, self.state.device)
+            self.promises.expect([plan.slots[row] for row in part.rows], output.rows.slots[at])
         self.clock.stop()
         return result
 
     def _answer(
-        self, plan: StepPlan, part: SamplingPart, where: StepRows, hidden: Tensor
+        self, plan: StepPlan, part: SamplingPart, output: StepOutput
     ) -> PendingResult | None:
         tokens, logprobs = torch.empty(0, dtype=torch.int64), None
         slot_ids = [plan.slots[row] for row in part.rows]
         wanted = [self.state.specs[slot].num_logprobs for slot in slot_ids]
         if part.rows:
-            tokens, logprobs = self._draw(
-                part.rows, slot_ids, wanted, plan.num_tokens, where, hidden
-            )
+            tokens, logprobs = self._draw(part.rows, slot_ids, wanted, plan.num_tokens, output)
         prompt = [
-            self._score_prompt(plan.slots[row], row, offset, count, plan, where, hidden)
+            self._score_prompt(plan.slots[row], row, offset, count, plan, output)
             for row, offset, count in zip(
                 part.prompt_rows, part.prompt_offsets, part.prompt_counts, strict=True
             )
@@ -151,11 +149,11 @@ class ModelRunner:
         slot_ids: Sequence[int],
         wanted: Sequence[int],
         counts: Sequence[int],
-        where: StepRows,
-        hidden: Tensor,
+        output: StepOutput,
     ) -> tuple[Tensor, LogprobTensors | None]:
-        slots, positions, last = _last_tokens(rows, counts, where, hidden)
-        logits = self.model.logits(last)
+        slots, positions, last, logits = _last_tokens(rows, counts, output)
+        if logits is None:
+            logits = self.model.logits(last)
         tokens = self.sampler.draw(logits, slot_ids, slots, positions)
         if self.debug:
             check_equal(tokens, self.mesh, f"tokens drawn for slots {slot_ids}")
@@ -166,7 +164,7 @@ class ModelRunner:
             return self.copies.fetch(tokens), None
         scored = logits, tokens
         if len(asking) < len(wanted):
-            chosen = to_device(asking, torch.int64, hidden.device)
+            chosen = to_device(asking, torch.int64, self.state.device)
             scored = logits[chosen], tokens[chosen]
         logprobs = self.sampler.logprobs(*scored, max(wanted))
         fetch = self.copies.fetch
@@ -179,8 +177,7 @@ class ModelRunner:
         offset: int,
         count: int,
         plan: StepPlan,
-        where: StepRows,
-        hidden: Tensor,
+        output: StepOutput,
     ) -> tuple[int, list[LogprobTensors]]:
         """Log-probabilities of the prompt tokens after `count` of the row's query tokens."""
         first = sum(plan.num_tokens[:row]) + offset
@@ -188,23 +185,27 @@ class ModelRunner:
         chunks = []
         for start in range(first, first + count, PROMPT_LOGITS_CHUNK):
             span = slice(start, min(start + PROMPT_LOGITS_CHUNK, first + count))
-            following = self.state.history[slot, where.positions[span] + 1].long()
-            scores = self.sampler.logprobs(self.model.logits(hidden[span]), following, num_top)
+            following = self.state.history[slot, output.rows.positions[span] + 1].long()
+            logits = self.model.logits(output.hidden[span])
+            scores = self.sampler.logprobs(logits, following, num_top)
             chunks.append(LogprobTensors(*map(self.copies.fetch, scores)))
         return num_top, chunks
 
 
 def _last_tokens(
-    rows: Sequence[int], counts: Sequence[int], where: StepRows, hidden: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The slots [R] of some of the step's rows, their next tokens' positions [R], and the hidden
-    states [R, H] of their last tokens; `counts` are the tokens of every row. The first rows, as
-    long as they have one token each, as when all decode, need no index from the host."""
+    rows: Sequence[int], counts: Sequence[int], output: StepOutput
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The slots [R] of some of the step's rows, their next tokens' positions [R], and of their last
+    tokens the hidden states [R, H] and the logits [R, V], if there are; `counts` are the tokens of
+    every row. The first rows, as long as they have one token each, as when all decode, need no
+    index from the host."""
+    (slots, row_ends, _, positions), hidden, logits = output
     if list(rows) == list(range(len(rows))) and all(n == 1 for n in counts[: len(rows)]):
         first = slice(len(rows))
-        return where.slots[first], where.next_positions[first], hidden[first]
+        logits = None if logits is None else logits[first]
+        return slots[first], positions[first], hidden[first], logits
     at = to_device(list(rows), torch.int64, hidden.device)
-    return where.slots[at], where.next_positions[at], hidden[where.row_ends[at]]
+    return slots[at], positions[at], hidden[row_ends[at]], None
 
 
 def _scores(tensors: LogprobTensors) -> list[TokenLogprobs]:

@@ -112,4 +112,4 @@ class Slots:
 
     def write(self, slots: Tensor, positions: Tensor, token_ids: Tensor) -> None:
         """Put drawn tokens where the next step will read them."""
-        self.history[slots, positions] = token_ids.int()
+        self.history.index_put_((slots, positions), token_ids.int())

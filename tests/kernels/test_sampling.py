@@ -202,10 +202,13 @@ def test_twin_sorts_only_rows_with_a_filter(monkeypatch):
     assert sorted_rows == [2]
 
 
+@pytest.mark.parametrize("vocab_size", [500, 5000])
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (0.8, 1.0), (0.8, 0.7)])
-def test_what_is_known_to_be_off_changes_no_token(sample, device, few, temperature, top_p):
+def test_what_is_known_to_be_off_changes_no_token(
+    sample, device, few, temperature, top_p, vocab_size
+):
     rows = few(16, 2)
-    logits = torch.randn(rows, 500).to(device)
+    logits = torch.randn(rows, vocab_size).to(device)
 
     def column(value, dtype=torch.float32):
         return torch.full((rows,), value, dtype=dtype, device=device)

@@ -176,7 +176,7 @@ def check_padding(forward: Forward, name: str, shape: StepShape, stream=None) ->
     num_rows, num_tokens = len(plan.slots), sum(plan.num_tokens)
     own = None if stream is None else stream[:num_tokens]
     before = fresh_cache(forward, 0.0).clone()
-    rows, expected = run_eagerly(forward, plan, own)
+    rows, expected, expected_logits = run_eagerly(forward, plan, own)
     after, lengths = forward.kv._data.clone(), state.num_computed.clone()
     release(state)
 
@@ -185,9 +185,11 @@ def check_padding(forward: Forward, name: str, shape: StepShape, stream=None) ->
     graph.record(Rerun())
     data = fresh_cache(forward, torch.nan)
     state.apply(plan)
-    found_rows, found = graph.replay(plan.slots, plan.num_tokens, own)
+    found_rows, found, logits = graph.replay(plan.slots, plan.num_tokens, own)
     release(state)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-4)
+    assert (logits is not None) == (forward.model.is_last and shape.num_decodes > 0)
     for place, value in zip(found_rows, rows, strict=True):
         assert torch.equal(place[: len(value)], value)
     assert found_rows.slots[num_rows:].eq(state.spare).all()
@@ -211,6 +213,9 @@ def test_padding_changes_nothing_in_a_later_stage(runner, tiny, name):
     model, whole = Ernie(config, runner.ops, place, 512, range(2, 4)), runner.model
     for mine, theirs in zip(model.layers, whole.layers[2:], strict=True):
         mine.load_state_dict(theirs.state_dict())
+    for name_of_part in ("norm", "embed", "lm_head"):
+        if (part := getattr(model, name_of_part)) is not None:
+            part.load_state_dict(getattr(whole, name_of_part).state_dict())
     geometry = replace(runner.kv.geometry, num_layers=2)
     kv, state = (
         KVCache(geometry, BLOCKS * NUM_SLOTS, place.device),
@@ -247,7 +252,7 @@ def test_many_random_steps_replayed_equal_eager_ones(runner):
         size = 8 if singles else 128
         shape = StepShape(size, size, size, 1, 32) if singles else StepShape(8, size, 0, size, 32)
         fresh_cache(forward, 0.0)
-        _, expected = run_eagerly(forward, plan)
+        expected = run_eagerly(forward, plan).hidden
         release(state)
         if shape not in made:
             made[shape] = StepGraph(shape, forward, None)
@@ -255,7 +260,7 @@ def test_many_random_steps_replayed_equal_eager_ones(runner):
             made[shape].record(Rerun())
         fresh_cache(forward, 0.0)
         state.apply(plan)
-        _, found = made[shape].replay(plan.slots, plan.num_tokens, None)
+        found = made[shape].replay(plan.slots, plan.num_tokens, None).hidden
         release(state)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert len(made) == 2
@@ -299,26 +304,29 @@ def test_all_graphs_are_made_and_checked_and_the_slots_are_free(runner):
     assert made.find(StepShape(4, 4, 4, 1, 5)) is None
 
 
+@pytest.mark.parametrize("which, shape", [(1, "num_rows=10, num_tokens=64"), (2, "num_rows=3")])
 @pytest.mark.parametrize("share, is_wrong", [(1e-6, False), (1e-2, True), (float("nan"), True)])
-def test_a_wrong_replay_is_found(runner, share, is_wrong):
+def test_a_wrong_replay_is_found(runner, which, shape, share, is_wrong):
     class Wrong(Rerun):
         def record(self, work):
             output, replay = super().record(work)
 
             def wrongly():
                 replay()
-                output[1].mul_(1 + share)
+                if output[which] is None:
+                    return
+                output[which].mul_(1 + share)
 
             return output, wrongly
 
     maker = maker_of(runner, Wrong())
     if is_wrong:
-        with pytest.raises(RuntimeError, match=r"num_rows=10, num_tokens=64.*enforce_eager"):
+        with pytest.raises(RuntimeError, match=rf"{shape}.*enforce_eager"):
             maker.make_all(lambda: None, shows_bar=False)
         release(runner.state)
     else:
         maker.make_all(lambda: None, shows_bar=False)
-        assert maker.num_exact == 0
+        assert maker.num_exact == (0 if which == 1 else 2)
 
 
 def test_the_bytes_of_graphs_are_two_measured_ones_and_an_estimate_of_the_others(
@@ -326,8 +334,8 @@ def test_the_bytes_of_graphs_are_two_measured_ones_and_an_estimate_of_the_others
 ):
     maker, free = maker_of(runner, Rerun()), iter([1000 << 20, 900 << 20])
     monkeypatch.setattr(recording, "free_memory", lambda: next(free))
-    found = recording.bytes_of_graphs(maker, hidden_bytes=128)
-    assert found == (100 << 20) + 2 * recording.GRAPH_BYTES + (1 + 16) * 128
+    found = recording.bytes_of_graphs(maker, hidden_bytes=128, logits_bytes=3000)
+    assert found == (100 << 20) + 2 * recording.GRAPH_BYTES + (1 + 16) * 128 + 3000
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def forward(
             *([len(blocks)], blocks, SamplingPart()),
         )
         runner.launch(plan)
-        _, _, hidden = runner._launched
+        hidden = runner._launched[1].hidden
         with torch.inference_mode():
             found.append(runner.model.logits(hidden))
         done += count

@@ -63,7 +63,7 @@ def run(runner: ModelRunner, step: StepPlan) -> tuple[StepResult, torch.Tensor]:
     """The step's result, and the logits [T, V] of all its tokens."""
     runner.launch(step)
     assert runner._launched is not None
-    hidden = runner._launched[2]
+    hidden = runner._launched[1].hidden
     result = runner.sample(step.sampling).wait()
     with torch.inference_mode():
         return result, runner.model.logits(hidden)
