@@ -32,39 +32,42 @@ from ernie_engine.kernels.paged_attention import (
 from ernie_engine.kernels.products import empty_sum
 from ernie_engine.kernels.tickets import is_last, tickets
 
-# By rows x K/V heads, the number of programs before a context is split.
+# By rows x K/V heads, the number of programs before a context is split. WIDE: a tile for contexts
+# whose ranges then have one each; 0: as the others.
 TABLE = {
-    (DEFAULT, 16): {"SPLITS": 8, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-    (DEFAULT, 128): {"SPLITS": 4, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-    (DEFAULT, 512): {"SPLITS": 1, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-    ("sm_90", 1): {"SPLITS": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 5},
-    ("sm_90", 4): {"SPLITS": 32, "BLOCK_N": 128, "num_warps": 4, "num_stages": 5},
-    ("sm_90", 8): {"SPLITS": 16, "BLOCK_N": 128, "num_warps": 4, "num_stages": 5},
-    ("sm_90", 16): {"SPLITS": 8, "BLOCK_N": 128, "num_warps": 4, "num_stages": 5},
-    ("sm_90", 32): {"SPLITS": 4, "BLOCK_N": 128, "num_warps": 4, "num_stages": 5},
-    ("sm_90", 64): {"SPLITS": 2, "BLOCK_N": 128, "num_warps": 4, "num_stages": 5},
-    ("sm_90", 128): {"SPLITS": 1, "BLOCK_N": 128, "num_warps": 4, "num_stages": 5},
-    ("sm_90", 1024): {"SPLITS": 1, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+    (DEFAULT, 16): {"SPLITS": 8, "BLOCK_N": 64, "WIDE": 0, "num_warps": 4, "num_stages": 2},
+    (DEFAULT, 128): {"SPLITS": 4, "BLOCK_N": 64, "WIDE": 0, "num_warps": 4, "num_stages": 2},
+    (DEFAULT, 512): {"SPLITS": 1, "BLOCK_N": 64, "WIDE": 0, "num_warps": 4, "num_stages": 2},
+    ("sm_90", 1): {"SPLITS": 64, "BLOCK_N": 128, "WIDE": 0, "num_warps": 4, "num_stages": 5},
+    ("sm_90", 4): {"SPLITS": 32, "BLOCK_N": 128, "WIDE": 256, "num_warps": 8, "num_stages": 5},
+    ("sm_90", 8): {"SPLITS": 16, "BLOCK_N": 128, "WIDE": 256, "num_warps": 8, "num_stages": 5},
+    ("sm_90", 16): {"SPLITS": 8, "BLOCK_N": 128, "WIDE": 0, "num_warps": 4, "num_stages": 5},
+    ("sm_90", 32): {"SPLITS": 4, "BLOCK_N": 128, "WIDE": 0, "num_warps": 4, "num_stages": 5},
+    ("sm_90", 64): {"SPLITS": 2, "BLOCK_N": 128, "WIDE": 0, "num_warps": 4, "num_stages": 5},
+    ("sm_90", 128): {"SPLITS": 1, "BLOCK_N": 128, "WIDE": 0, "num_warps": 4, "num_stages": 5},
+    ("sm_90", 1024): {"SPLITS": 1, "BLOCK_N": 64, "WIDE": 0, "num_warps": 4, "num_stages": 3},
 }
 CANDIDATES = [
-    {"SPLITS": splits, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+    {"SPLITS": splits, "BLOCK_N": n, "WIDE": wide, "num_warps": warps, "num_stages": stages}
     for splits in (1, 2, 4, 8, 16, 32, 64, 128, 256)
     # Two stages a step: block ids, then keys.
-    for n, warps, stages in (
-        (32, 2, 5),
-        (64, 2, 5),
-        (64, 4, 3),
-        (64, 4, 5),
-        (128, 4, 3),
-        (128, 4, 5),
+    for n, wide, warps, stages in (
+        (32, 0, 2, 5),
+        (64, 0, 2, 5),
+        (64, 0, 4, 3),
+        (64, 0, 4, 5),
+        (128, 0, 4, 3),
+        (128, 0, 4, 5),
+        (128, 256, 8, 5),
     )
 ]
 # Products of fp32 run without tensor cores: tiles of operands must fit into registers.
 TABLE_FP32 = {
-    (DEFAULT, 16): {"SPLITS": 8, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
-    (DEFAULT, 128): {"SPLITS": 4, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
-    (DEFAULT, 512): {"SPLITS": 1, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
+    (DEFAULT, 16): {"SPLITS": 8, "BLOCK_N": 16, "WIDE": 0, "num_warps": 4, "num_stages": 2},
+    (DEFAULT, 128): {"SPLITS": 4, "BLOCK_N": 16, "WIDE": 0, "num_warps": 4, "num_stages": 2},
+    (DEFAULT, 512): {"SPLITS": 1, "BLOCK_N": 16, "WIDE": 0, "num_warps": 4, "num_stages": 2},
 }
+WIDE_STAGES = tl.constexpr(3)  # of a wide tile: block ids, then keys and values
 MIN_SPLIT_KEYS = 64  # a range has no fewer: merging would cost more than it saves
 MERGED_NUMBERS = 4096  # numbers, of several splits, that a merging program asks for together
 MAX_GATHERED_TOKENS = 1 << 18  # rows x longest context of one padded batch
@@ -133,6 +136,8 @@ def _split_kernel(
     BLOCK_SIZE: tl.constexpr,
     QUERIES: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
     SPLITS: tl.constexpr,
     LEAST: tl.constexpr,
     AT_ONCE: tl.constexpr,
@@ -149,7 +154,9 @@ def _split_kernel(
     context = tl.load(context_lens + row, cache_modifier=".cg")
     # No key is asked for before: a row may share blocks that the launch before is writing.
     wait_for_inputs(PDL)
-    per_split = tl.cdiv(tl.maximum(tl.cdiv(context, SPLITS), LEAST), BLOCK_N) * BLOCK_N
+    is_wide = context <= SPLITS * WIDE
+    tile = tl.where(is_wide, WIDE, BLOCK_N)
+    per_split = tl.cdiv(tl.maximum(tl.cdiv(context, SPLITS), LEAST), tile) * tile
     first = split * per_split
     if (num_queries == 0) | (first >= context):
         return
@@ -161,26 +168,22 @@ def _split_kernel(
     stride = num_tokens.to(tl.int64) * (KV_HEADS * GROUP)
     dims = tl.arange(0, HEAD_DIM)
     q_tile = tl.load(q + pair[:, None] * HEAD_DIM + dims[None, :], mask=real[:, None], other=0)
+    positions = context - num_queries + m // GROUP
+    end = tl.minimum(first + per_split, context)
+    table = block_tables + row * table_width
     acc = empty_sum(max(16, ROWS), HEAD_DIM, q.dtype.element_ty)
-    acc, total, top = attend(
-        q_tile,
-        context - num_queries + m // GROUP,
-        acc,
-        tl.zeros([max(16, ROWS)], acc.dtype),
-        tl.full([max(16, ROWS)], float("-inf"), tl.float32),
-        k_cache,
-        v_cache,
-        block_tables + row * table_width,
-        kv_head,
-        first,
-        tl.minimum(first + per_split, context),
-        scale,
-        KV_HEADS,
-        HEAD_DIM,
-        BLOCK_SIZE,
-        BLOCK_N,
-        True,
-    )
+    total = tl.zeros([max(16, ROWS)], acc.dtype)
+    top = tl.full([max(16, ROWS)], float("-inf"), tl.float32)
+    if WIDE and is_wide:
+        acc, total, top = attend(
+            *(q_tile, positions, acc, total, top, k_cache, v_cache, table, kv_head, first, end),
+            *(scale, KV_HEADS, HEAD_DIM, BLOCK_SIZE, WIDE, WIDE_STAGES, True),
+        )
+    else:
+        acc, total, top = attend(
+            *(q_tile, positions, acc, total, top, k_cache, v_cache, table, kv_head, first, end),
+            *(scale, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N, STAGES, True),
+        )
     used = tl.cdiv(context, per_split)
     if SPLITS == 1 or used == 1:
         store_split(acc, total, top, out, lse, pair, real, HEAD_DIM, 1)
@@ -248,6 +251,7 @@ def decode_attention_triton(
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         QUERIES=max_query_len,
+        STAGES=launch["num_stages"],
         LEAST=MIN_SPLIT_KEYS,
         AT_ONCE=max(1, min(launch["SPLITS"], MERGED_NUMBERS // (rows * head_dim))),
         **launch,

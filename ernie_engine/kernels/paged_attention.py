@@ -59,6 +59,7 @@ def attend(
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Takes keys first .. last - 1 of a row into (acc [M, D], total [M], top [M]).
@@ -69,7 +70,7 @@ def attend(
     all keys must be visible to all rows of q and last - first be a multiple of BLOCK_N.
     """
     dims = tl.arange(0, HEAD_DIM)
-    for start in tl.range(first, last, BLOCK_N):
+    for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         keys = start + tl.arange(0, BLOCK_N)
         inside = keys < last
         blocks = _load_if(table + keys // BLOCK_SIZE, inside, MASKED)

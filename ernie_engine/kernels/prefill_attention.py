@@ -132,6 +132,7 @@ def _prefill_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """BLOCK_M // GROUP query tokens of a row, all heads of a group, against one of SPLITS ranges
@@ -184,6 +185,7 @@ def _prefill_kernel(
             HEAD_DIM,
             BLOCK_SIZE,
             BLOCK_N,
+            STAGES,
             masked == 1,
         )
     store_split(acc, total, top, values, lse, result, real, HEAD_DIM, SPLITS)
@@ -214,6 +216,7 @@ def prefill_attention_triton(
         where = k_cache, v_cache, block_tables, query_start, context_lens
         return prefill_attention_hopper(q, *where, scale)
     values, lse = split_buffers(out, splits)
+    launch = _launch(q)
     _prefill_kernel[splits, kv_heads, num_tiles](
         q,
         k_cache,
@@ -231,8 +234,9 @@ def prefill_attention_triton(
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
+        STAGES=launch["num_stages"],
         SPLITS=splits,
-        **_launch(q),
+        **launch,
     )
     merge_splits(values, lse, query_start, out)
     return out

@@ -231,9 +231,12 @@ LONG_DECODES = [(1, 1), (1, 31), (1, 32), (1, 33), (1, 64), (1, 65), (8, 67), (3
 
 
 @half_and_single
-@pytest.mark.parametrize(("splits", "block_n"), [(1, 32), (4, 64), (16, 16), (32, 16)])
-def test_decode_splits(monkeypatch, dtype, splits, block_n):
-    row = {"SPLITS": splits, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 2}
+@pytest.mark.parametrize(
+    ("splits", "block_n", "wide"),
+    [(1, 32, 0), (4, 64, 0), (16, 16, 0), (32, 16, 0), (1, 16, 64), (2, 16, 64), (16, 16, 32)],
+)
+def test_decode_splits(monkeypatch, dtype, splits, block_n, wide):
+    row = {"SPLITS": splits, "BLOCK_N": block_n, "WIDE": wide, "num_warps": 4, "num_stages": 2}
     for table in ("TABLE", "TABLE_FP32"):
         monkeypatch.setattr(decode, table, {(DEFAULT, 1): row})
     check("decode", make(LONG_DECODES, (5, 1), 16, dtype))
