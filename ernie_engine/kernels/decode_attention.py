@@ -68,6 +68,7 @@ TABLE_FP32 = {
     (DEFAULT, 512): {"SPLITS": 1, "BLOCK_N": 16, "WIDE": 0, "num_warps": 4, "num_stages": 2},
 }
 WIDE_STAGES = tl.constexpr(3)  # of a wide tile: block ids, then keys and values
+WIDE_ROWS = 16  # rows of a product beside which shared memory has room for a wide tile
 MIN_SPLIT_KEYS = 64  # a range has no fewer: merging would cost more than it saves
 MERGED_NUMBERS = 4096  # numbers, of several splits, that a merging program asks for together
 MAX_GATHERED_TOKENS = 1 << 18  # rows x longest context of one padded batch
@@ -254,7 +255,7 @@ def decode_attention_triton(
         STAGES=launch["num_stages"],
         LEAST=MIN_SPLIT_KEYS,
         AT_ONCE=max(1, min(launch["SPLITS"], MERGED_NUMBERS // (rows * head_dim))),
-        **launch,
+        **{**launch, "WIDE": launch["WIDE"] if rows <= WIDE_ROWS else 0},
         **overlap(q.device),
     )
     return out

@@ -238,7 +238,7 @@ def router_torch(
     """x [T, H], weight [E, H] fp32, bias [E] fp32 -> (weights [T, k] as x, ids [T, k] int64)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     p = F.linear(x.to(dtype), weight.to(dtype)).softmax(dim=-1)  # [T, E]
-    ids = (p + bias).sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    ids = (p + bias).sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
     chosen = p.gather(1, ids)
     chosen = chosen / chosen.sum(dim=-1, keepdim=True).clamp(min=norm_min)
     return chosen.to(x.dtype), ids

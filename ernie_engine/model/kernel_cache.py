@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from triton import __version__ as TRITON_VERSION
 from triton import knobs
@@ -30,7 +30,7 @@ from ernie_engine.config import ModelConfig
 from ernie_engine.engine_config import ResolvedConfig
 from ernie_engine.kernels import launch
 from ernie_engine.kernels.no_device import NoDevice
-from ernie_engine.kernels.registry import select
+from ernie_engine.kernels.registry import IMPLEMENTATIONS, select
 from ernie_engine.model.ernie import DecoderLayer, Ernie
 from ernie_engine.model.graphs import graph_shapes
 from ernie_engine.model.kv_cache import KVCache, KVGeometry
@@ -44,6 +44,13 @@ _SOURCES = Path(__file__).parents[2]  # so that a child finds the package as thi
 _MAIN = "from ernie_engine.model.kernel_cache import main; main()"
 MOST_PROCESSES = 16
 META = torch.device("meta")
+# What twins in torch give that cannot do without numbers: they launch no kernel of ours.
+EMPTY_TWINS: dict[str, Callable[..., Tensor]] = {
+    "prefill_attention": lambda q, *_: torch.empty_like(q),
+    "decode_attention": lambda q, *_: torch.empty_like(q),
+    "moe_experts": lambda x, *_: torch.empty_like(x),
+    "sample": lambda logits, *_: logits.new_empty(len(logits), dtype=torch.int64),
+}
 Meet = Callable[[str, str, Callable[[], Any]], None]  # a kernel's name, key, and how to compile it
 
 
@@ -149,11 +156,13 @@ def meet_kernels(
 
 
 def _pretend(arch: int, meet: Meet) -> None:
-    """That there are such a GPU, and other ranks."""
+    """That there are such a GPU, numbers, and other ranks."""
     driver.set_active(NoDevice(arch))  # pyright: ignore[reportArgumentType]
     launch.architecture = lambda device: f"sm_{arch}"
     for collective in ("all_reduce", "all_gather"):
         setattr(dist, collective, lambda *args, **kwargs: SimpleNamespace(wait=lambda: None))
+    for op, twin in EMPTY_TWINS.items():
+        IMPLEMENTATIONS[op]["torch"] = twin
     run, seen = JITFunction.run, set()
 
     def met(self, *args, grid, warmup, **kwargs) -> None:

@@ -11,6 +11,7 @@ import torch
 from triton import knobs
 
 from ernie_engine.engine_config import EngineConfig
+from ernie_engine.kernels.registry import IMPLEMENTATIONS
 from ernie_engine.model import kernel_cache
 from ernie_engine.model.compilations import compile_counter
 from ernie_engine.model.rehearsal import compiling_plans, sizes_up_to
@@ -19,7 +20,7 @@ from ernie_engine.parallel.mesh import Mesh
 from ernie_engine.testing.checkpoints import write_checkpoint
 from tests.tiny import SPEC
 
-SCRIPT = Path(__file__).with_name("kernel_keys.py")
+HERE = Path(__file__).parent
 LONG = replace(SPEC, max_position_embeddings=20000, tokenizer=False, dtype="bfloat16")
 GEOMETRIES = {
     "groups of 2": LONG,
@@ -33,22 +34,31 @@ GEOMETRIES = {
 }
 
 
+def without_interpreter(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(HERE.parents[1])
+    command = [sys.executable, str(HERE / script), str(folder)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_no_random_step_asks_for_a_kernel_that_startup_did_not(tmp_path, name):
     write_checkpoint(tmp_path, GEOMETRIES[name], [])
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(SCRIPT.parents[2])
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = without_interpreter("kernel_keys.py", tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     *missed, counts = done.stdout.splitlines()
     assert not missed
     asked, needed = map(int, counts.split())
     assert 0.9 * asked < needed <= asked and asked > 30
+
+
+def test_startup_finds_its_kernels_with_any_op_switched_to_torch(tmp_path):
+    """Twins that cannot do without numbers, and what they would give to kernels."""
+    write_checkpoint(tmp_path, replace(SPEC, tokenizer=False), [])
+    done = without_interpreter("switched_kernels.py", tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = dict(line.split() for line in done.stdout.splitlines())
+    assert list(found) == list(IMPLEMENTATIONS) and all(int(n) > 30 for n in found.values())
 
 
 def test_compiling_plans_reach_all_limits_and_stay_within(tiny):
