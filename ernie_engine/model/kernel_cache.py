@@ -24,7 +24,7 @@ from triton import __version__ as TRITON_VERSION
 from triton import knobs
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.runtime import driver
-from triton.runtime.jit import JITFunction, compute_cache_key
+from triton.runtime.jit import JITCallable, JITFunction, compute_cache_key
 
 from ernie_engine.config import ModelConfig
 from ernie_engine.engine_config import ResolvedConfig
@@ -43,6 +43,7 @@ from ernie_engine.parallel.pipe import Pipe
 _SOURCES = Path(__file__).parents[2]  # so that a child finds the package as this process did
 _MAIN = "from ernie_engine.model.kernel_cache import main; main()"
 MOST_PROCESSES = 16
+KERNELS = "ernie_engine.kernels."
 META = torch.device("meta")
 # What twins in torch give that cannot do without numbers: they launch no kernel of ours.
 EMPTY_TWINS: dict[str, Callable[..., Tensor]] = {
@@ -60,6 +61,7 @@ class CacheFill:
     of the same model, and tensor parallel ranks equal shares."""
 
     def __init__(self, config: ResolvedConfig, model_config: ModelConfig, mesh: Mesh):
+        settle_keys()
         major, minor = torch.cuda.get_device_capability(config.device)
         cut = {"tp_size": mesh.tp_size, "tp_rank": mesh.tp_rank}
         task: dict[str, Any] = {
@@ -95,6 +97,21 @@ class CacheFill:
         self._stamp.touch()
 
 
+def settle_keys() -> None:
+    """Give our kernels the keys that they have in Triton's cache, in one order in every process.
+
+    A key counts constants of what a kernel calls only if that had a key before (in Triton 3.6), so
+    it would depend on which kernel is launched first.
+    """
+    modules = [module for name, module in sorted(sys.modules.items()) if name.startswith(KERNELS)]
+    values = (value for module in modules for value in vars(module).values())
+    functions = [value for value in values if isinstance(value, JITCallable)]
+    for function in functions:
+        function.hash, function.used_global_vals = None, {}
+    for function in functions:
+        function.cache_key  # noqa: B018 (computed when asked for)
+
+
 def _digest(task: dict[str, Any]) -> str:
     """Of all that kernels depend on, and of what decides which there are."""
     folders = (_SOURCES / "ernie_engine" / name for name in ("kernels", "model"))
@@ -120,6 +137,7 @@ def _start(task: dict[str, Any], output: int) -> subprocess.Popen[bytes]:
 
 def main() -> None:
     """Every process meets the same kernels in the same order, and compiles its share of them."""
+    settle_keys()
     task = json.load(sys.stdin)
     config = ResolvedConfig(**task["config"])
     fields = task["model_config"]

@@ -61,6 +61,34 @@ def test_startup_finds_its_kernels_with_any_op_switched_to_torch(tmp_path):
     assert list(found) == list(IMPLEMENTATIONS) and all(int(n) > 30 for n in found.values())
 
 
+KEYS = """
+import sys
+from ernie_engine.kernels import norm_router, router
+from ernie_engine.model.kernel_cache import settle_keys
+kernels = [router._choose_kernel, norm_router._norm_router_kernel]
+early = [kernel.cache_key for kernel in kernels[:: int(sys.argv[1])]]
+settle_keys()
+print(*(kernel.cache_key for kernel in kernels))
+print(*early[:: int(sys.argv[1])])
+"""
+
+
+def test_a_kernels_key_does_not_depend_on_which_was_launched_first():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(HERE.parents[1])
+    settled, early = zip(
+        *(
+            subprocess.check_output(
+                [sys.executable, "-c", KEYS, order], env=environment, text=True
+            ).splitlines()
+            for order in ("1", "-1")
+        ),
+        strict=True,
+    )
+    assert settled[0] == settled[1]
+    assert early[0] != early[1], "Triton does not need settle_keys() any more"
+
+
 def test_compiling_plans_reach_all_limits_and_stay_within(tiny):
     config = EngineConfig(
         model=str(tiny), device="cpu", max_num_seqs=20, max_num_batched_tokens=700, max_model_len=90
