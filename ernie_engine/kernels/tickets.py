@@ -22,7 +22,8 @@ MOST = 1 << 16
 @cache
 def tickets(op: str, device: torch.device) -> Tensor:
     """[MOST] int32, zero. Made at the first call, which must not be within a graph's capture."""
-    return torch.zeros(MOST, dtype=torch.int32, device=device)
+    with torch.inference_mode(False):  # or who first asked would decide who may write to it
+        return torch.zeros(MOST, dtype=torch.int32, device=device)
 
 
 @triton.jit
