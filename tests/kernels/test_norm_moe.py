@@ -56,7 +56,9 @@ def test_two_launches(dtype, sizes):
 
 @half_and_single
 def test_a_share_of_the_experts(dtype):
-    route, (gate_up, down, _, *shared) = make(dtype, 24, 64, 8, 16, 3, 1)
+    # One expert's weight gives an error of a whole row: many rows, or chance decides.
+    num_tokens = 24 if where_kernels_run() == "cuda" else 4
+    route, (gate_up, down, _, *shared) = make(dtype, num_tokens, 64, 8, 16, 3, 1)
     check(norm_moe_few, route, [gate_up[3:6].clone(), down[3:6].clone(), 3, *shared])
     check(norm_moe_few, route, [gate_up[7:].clone(), down[7:].clone(), 7])
 
