@@ -15,22 +15,20 @@ one box holds rows of gate and of up, for one product twice as wide. Never synch
 host, and no sum depends on a race.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportReturnType=false
 # (a launch gives ints where a kernel has constexprs, and options that it has no parameter for)
 
 from collections.abc import Mapping
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ernie_engine.kernels.expert_sort import sort_by_expert
-from ernie_engine.kernels.launch import DEFAULT, Table, overlap, pick, wait_for_inputs
+from ernie_engine.kernels.expert_sort import Tiles, sort_by_expert
+from ernie_engine.kernels.launch import DEFAULT, Table, overlap, pick
 from ernie_engine.kernels.linear import linear_triton
-from ernie_engine.kernels.moe_few import silu_product
-from ernie_engine.kernels.products import PAST_L1, add_product, empty_sum, load_columns
+from ernie_engine.kernels.moe_tiles import down_kernel, gate_up_kernel, sum_kernel
 from ernie_engine.kernels.swiglu import swiglu_triton
 
 # By tokens. BLOCK_M: entries of a tile, of one size for both products.
@@ -82,281 +80,12 @@ SHARED_TABLE = {
     (DEFAULT, 257): {"TOGETHER": 0},
 }
 SHARED_CANDIDATES = [{"TOGETHER": 1}, {"TOGETHER": 0}]
-HALVED = tl.constexpr(64)  # a larger tile that is not half full is computed as half a tile
 MOST_BLOCK_K = 128  # of the tables; the shared experts' parts are a multiple of it wide
 SUM_BLOCK = 1024  # columns of a program of the sum
 # More are done one part after the other. What lies between the launches takes k (H + I) numbers a
 # token, 805 MB for so many of 21B; without a limit a step of 131072 tokens would take 6.4 GB from
 # the K/V cache.
 TOKENS_AT_ONCE = 16384
-
-
-@triton.jit
-def _shared_tiles(num_tokens, PARTS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """How many tiles the shared experts have: PARTS for each BLOCK_M tokens, before all others."""
-    return PARTS * tl.cdiv(num_tokens, BLOCK_M)
-
-
-@triton.jit
-def _tile_bounds(bounds, used, num_tiles, num_tokens, PARTS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """This program's expert, the first of its places and the one behind the last. A shared expert's
-    tile: places are tokens, the expert is the part."""
-    shared_tiles = _shared_tiles(num_tokens, PARTS, BLOCK_M)
-    routed = tl.program_id(1) >= shared_tiles
-    tile = tl.program_id(1) - shared_tiles
-    inside = routed & (tile < tl.load(used, mask=routed, other=0))
-    expert = tl.load(bounds + tile, mask=inside, other=0)
-    first = tl.load(bounds + num_tiles + tile, mask=inside, other=0)
-    last = tl.load(bounds + 2 * num_tiles + tile, mask=inside, other=0)
-    if PARTS > 0:
-        begin = tl.program_id(1) // PARTS * BLOCK_M
-        expert = tl.where(routed, expert, tl.program_id(1) % PARTS)
-        first = tl.where(routed, first, begin)
-        last = tl.where(routed, last, tl.minimum(begin + BLOCK_M, num_tokens))
-    return routed, expert.to(tl.int64), first, last
-
-
-@triton.jit
-def _across(a, b, TMA: tl.constexpr):
-    """a [M] of tokens and b [N] of weights' rows, such that a tile of a product holds both: the
-    left operand's come first, tokens with TMA, else weights."""
-    across = a[None, :], b[:, None]
-    if TMA:
-        across = a[:, None], b[None, :]
-    return across
-
-
-@triton.jit
-def _gate_up_tile(
-    x,
-    gate_up,
-    shared,
-    order,
-    hidden,
-    num_tokens,
-    routed,
-    expert,
-    first,
-    last,
-    TOP_K: tl.constexpr,
-    SHARED: tl.constexpr,
-    H: tl.constexpr,
-    I: tl.constexpr,
-    M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """Places first .. last - 1, at most M, times BLOCK_N rows of gate and of up each."""
-    place = first + tl.arange(0, M)
-    token = tl.load(order + place, mask=routed & (place < last), other=0) // TOP_K
-    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    at, to_row = _across(place.to(tl.int64), row, TMA)
-    places = hidden + at * I + to_row
-    if TMA:
-        tl.static_assert(SHARED == 0)
-        both = empty_sum(M, 2 * BLOCK_N, x.dtype.element_ty)
-        x_rows = x + token * H
-        for start in tl.range(0, H, BLOCK_K):
-            x_tile = load_columns(x_rows, place < last, start, H, BLOCK_K)
-            box = gate_up.load([2 * expert.to(tl.int32), tl.program_id(0) * BLOCK_N, start])
-            both = add_product(x_tile, box.reshape(2 * BLOCK_N, BLOCK_K).T, both)
-        gate, up = tl.split(both.reshape(M, 2, BLOCK_N).permute(0, 2, 1))
-    else:
-        gate_rows = gate_up + (expert * (2 * I) + row) * H
-        up_rows = gate_rows + I * H
-        if SHARED > 0:
-            token = tl.where(routed, token, place)
-            shared_rows = shared + (expert * I + row) * H
-            gate_rows = tl.where(routed, gate_rows, shared_rows)
-            up_rows = tl.where(routed, up_rows, shared_rows + SHARED * I * H)
-            behind = hidden + num_tokens.to(tl.int64) * (TOP_K * I) + expert * I
-            places = tl.where(routed, places, behind + at * (SHARED * I) + to_row)
-        x_rows = x + token * H
-        gate = empty_sum(BLOCK_N, M, x.dtype.element_ty)
-        up = empty_sum(BLOCK_N, M, x.dtype.element_ty)
-        for start in tl.range(0, H, BLOCK_K):
-            # Shared experts' may come before the wait: see wait_for_inputs().
-            x_tile = tl.trans(load_columns(x_rows, place < last, start, H, BLOCK_K, PAST_L1))
-            gate_tile = load_columns(gate_rows, row < I, start, H, BLOCK_K)
-            up_tile = load_columns(up_rows, row < I, start, H, BLOCK_K)
-            gate = add_product(gate_tile, x_tile, gate)
-            up = add_product(up_tile, x_tile, up)
-    y = silu_product(gate, up, hidden.dtype.element_ty)
-    inside_place, inside_row = _across(place < last, row < I, TMA)
-    tl.store(places, y, mask=inside_place & inside_row)
-
-
-@triton.jit(do_not_specialize=["num_tiles", "num_tokens"])
-def _gate_up_kernel(
-    x,
-    gate_up,
-    shared,
-    order,
-    bounds,
-    used,
-    hidden,
-    num_tiles,
-    num_tokens,
-    TOP_K: tl.constexpr,
-    SHARED: tl.constexpr,
-    H: tl.constexpr,
-    I: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TMA: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """x [T, H], gate_up [E, 2 I, H], shared [2 SHARED I, H] -> hidden: [T k, I] in sorted order,
-    then [T, SHARED I]. A tile, BLOCK_N rows; the shared experts are done in SHARED parts. With TMA
-    gate_up is a descriptor of [2 E, I, H].
-
-    The shared experts' tiles do not wait: the launch before only sorted, and x is of one before it.
-    """
-    if tl.program_id(1) >= _shared_tiles(num_tokens, SHARED, BLOCK_M):
-        wait_for_inputs(PDL)
-    routed, expert, first, last = _tile_bounds(bounds, used, num_tiles, num_tokens, SHARED, BLOCK_M)
-    if first >= last:
-        return
-    if BLOCK_M > HALVED and last - first <= BLOCK_M // 2:
-        _gate_up_tile(
-            *(x, gate_up, shared, order, hidden, num_tokens, routed, expert, first, last),
-            *(TOP_K, SHARED, H, I, BLOCK_M // 2, BLOCK_N, BLOCK_K, TMA),
-        )
-    else:
-        _gate_up_tile(
-            *(x, gate_up, shared, order, hidden, num_tokens, routed, expert, first, last),
-            *(TOP_K, SHARED, H, I, BLOCK_M, BLOCK_N, BLOCK_K, TMA),
-        )
-
-
-@triton.jit
-def _down_tile(
-    hidden,
-    down,
-    shared,
-    weights,
-    order,
-    products,
-    num_tokens,
-    routed,
-    expert,
-    first,
-    last,
-    TOP_K: tl.constexpr,
-    SHARED: tl.constexpr,
-    H: tl.constexpr,
-    I: tl.constexpr,
-    M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """Places first .. last - 1, at most M, times BLOCK_N rows of down and the tokens' weights."""
-    place = first + tl.arange(0, M)
-    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if TMA:
-        tl.static_assert(SHARED == 0)
-        acc = empty_sum(M, BLOCK_N, products.dtype.element_ty)
-        for start in tl.range(0, I, BLOCK_K):
-            hidden_tile = hidden.load([first, start])
-            box = down.load([expert.to(tl.int32), tl.program_id(0) * BLOCK_N, start])
-            acc = add_product(hidden_tile, box.reshape(BLOCK_N, BLOCK_K).T, acc)
-    else:
-        hidden_rows = hidden + place.to(tl.int64) * I
-        down_rows = down + (expert * H + row) * I
-        inner = I
-        if SHARED > 0:
-            tl.static_assert(I % BLOCK_K == 0, "or columns of the longer sum would be left out")
-            behind = hidden + num_tokens.to(tl.int64) * (TOP_K * I)
-            hidden_rows = tl.where(routed, hidden_rows, behind + place.to(tl.int64) * (SHARED * I))
-            down_rows = tl.where(routed, down_rows, shared + row.to(tl.int64) * (SHARED * I))
-            inner = tl.where(routed, I, SHARED * I)
-        acc = empty_sum(BLOCK_N, M, hidden.dtype.element_ty)
-        for start in tl.range(0, inner, BLOCK_K):
-            hidden_tile = tl.trans(load_columns(hidden_rows, place < last, start, I, BLOCK_K))
-            down_tile = load_columns(down_rows, row < H, start, I, BLOCK_K)
-            acc = add_product(down_tile, hidden_tile, acc)
-    mine = routed & (place < last)
-    entry = tl.load(order + place, mask=mine, other=0)
-    weight = tl.load(weights + entry, mask=mine, other=1.0).to(tl.float32)
-    if SHARED > 0:
-        entry = tl.where(routed, entry, num_tokens * TOP_K + place)
-    at, to_row = _across(entry.to(tl.int64), row, TMA)
-    weight, _ = _across(weight, row, TMA)
-    y = acc.to(products.dtype.element_ty).to(tl.float32) * weight
-    inside_place, inside_row = _across(place < last, row < H, TMA)
-    places = products + at * H + to_row
-    tl.store(places, y.to(products.dtype.element_ty), mask=inside_place & inside_row)
-
-
-@triton.jit(do_not_specialize=["num_tiles", "num_tokens"])
-def _down_kernel(
-    hidden,
-    down,
-    shared,
-    weights,
-    order,
-    bounds,
-    used,
-    products,
-    num_tiles,
-    num_tokens,
-    TOP_K: tl.constexpr,
-    SHARED: tl.constexpr,
-    H: tl.constexpr,
-    I: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TMA: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """hidden as _gate_up_kernel leaves it, down [E, H, I], shared [H, SHARED I], weights [T k] ->
-    products: [T k, H], not sorted, then [T, H] of the shared experts. With TMA hidden and down are
-    descriptors; what a box holds of other experts' places is not stored."""
-    wait_for_inputs(PDL)
-    PARTS: tl.constexpr = min(SHARED, 1)  # here the shared experts are one, with a longer sum
-    routed, expert, first, last = _tile_bounds(bounds, used, num_tiles, num_tokens, PARTS, BLOCK_M)
-    if first < last:
-        _down_tile(
-            *(hidden, down, shared, weights, order, products, num_tokens),
-            *(routed, expert, first, last),
-            *(TOP_K, SHARED, H, I, BLOCK_M, BLOCK_N, BLOCK_K, TMA),
-        )
-
-
-@triton.jit(do_not_specialize=["first_expert"])
-def _sum_kernel(
-    products,
-    ids,
-    shared,
-    out,
-    first_expert,
-    HAS_SHARED: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """products [T k, H], ids [T, k], shared [T, H] -> out [T, H]: fp32 sums in the order of ids."""
-    wait_for_inputs(PDL)
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for choice in tl.static_range(TOP_K):
-        entry = token * TOP_K + choice
-        expert = tl.load(ids + entry) - first_expert
-        # No product was written for other ranks' experts.
-        ours = (expert >= 0) & (expert < NUM_EXPERTS) & (column < H)
-        total += tl.load(products + entry * H + column, mask=ours, other=0.0).to(tl.float32)
-    total = total.to(out.dtype.element_ty)
-    if HAS_SHARED:
-        more = tl.load(shared + token * H + column, mask=column < H, other=0.0)
-        total = (total.to(tl.float32) + more.to(tl.float32)).to(total.dtype)
-    tl.store(out + token * H + column, total, mask=column < H)
 
 
 def moe_experts_grouped(
@@ -405,60 +134,93 @@ def _compute(
     shared_down: Tensor | None,
 ) -> None:
     """As the twin, into `out`."""
-    (num_tokens, hidden_size), top_k = x.shape, ids.shape[1]
-    num_experts, _, width = down.shape
+    (num_experts, _, width), top_k = down.shape, ids.shape[1]
     parts, shared = _num_parts(x, down, shared_down), None
     if shared_gate_up is not None and shared_down is not None and not parts:
         shared = linear_triton(swiglu_triton(linear_triton(x, shared_gate_up)), shared_down)
     if not parts:
         shared_gate_up, shared_down = gate_up, down  # not looked at
-    wide = x.dtype == torch.float32
-    block_m = pick(TILE_TABLE_FP32 if wide else TILE_TABLE, x.device, num_tokens)["BLOCK_M"]
+    table = TILE_TABLE_FP32 if x.dtype == torch.float32 else TILE_TABLE
+    block_m = pick(table, x.device, len(x))["BLOCK_M"]
     # Not memory that the sort had and gave back: some of the first product's programs do not wait.
-    hidden = x.new_empty(num_tokens * (top_k + parts), width)
+    hidden = x.new_empty(len(x) * (top_k + parts), width)
     tiles = sort_by_expert(ids, num_experts, first_expert, block_m)
-    num_tiles, more_tiles = tiles.bounds.shape[1], triton.cdiv(num_tokens, block_m)
-    shape = {"TOP_K": top_k, "SHARED": parts, "H": hidden_size, "I": width, "BLOCK_M": block_m}
-    overlapping = overlap(x.device)
+    shape = {"TOP_K": top_k, "SHARED": parts, "H": x.shape[1], "I": width, "BLOCK_M": block_m}
+    _gate_up(x, gate_up, shared_gate_up, tiles, hidden, shape)
+    products = x.new_empty(ids.numel() + min(parts, 1) * len(x), x.shape[1])
+    _down(x, hidden, down, shared_down, weights, tiles, products, shape)
+    if parts:
+        shared = products[ids.numel() :]
+    _sum(products, ids, shared, out, first_expert, num_experts)
 
-    launch = _launch(TABLE_FP32 if wide else GATE_UP_TABLE, x, block_m, parts, width)
-    weight = gate_up
+
+def _grid(
+    num_rows: int, launch: Mapping[str, int], tiles: Tiles, parts: int, x: Tensor, block_m: int
+) -> tuple[int, int]:
+    """Blocks of a weight's rows; as many tiles as there may be, `parts` for each BLOCK_M tokens."""
+    num_tiles = tiles.bounds.shape[1] + parts * triton.cdiv(len(x), block_m)
+    return triton.cdiv(num_rows, launch["BLOCK_N"]), num_tiles
+
+
+def _gate_up(
+    x: Tensor, gate_up: Tensor, shared: Tensor, tiles: Tiles, hidden: Tensor, shape: dict[str, int]
+) -> None:
+    block_m, parts, width = shape["BLOCK_M"], shape["SHARED"], shape["I"]
+    table = TABLE_FP32 if x.dtype == torch.float32 else GATE_UP_TABLE
+    launch, weight = _launch(table, x, block_m, parts, width), gate_up
     if launch["TMA"]:
         box = [2, launch["BLOCK_N"], launch["BLOCK_K"]]
-        weight = TensorDescriptor.from_tensor(gate_up.view(-1, width, hidden_size), box)
-    grid = triton.cdiv(width, launch["BLOCK_N"]), num_tiles + parts * more_tiles
-    _gate_up_kernel[grid](
-        *(x, weight, shared_gate_up, *tiles, hidden, num_tiles, num_tokens),
+        weight = TensorDescriptor.from_tensor(gate_up.view(-1, width, x.shape[1]), box)
+    gate_up_kernel[_grid(width, launch, tiles, parts, x, block_m)](
+        *(x, weight, shared, *tiles, hidden, tiles.bounds.shape[1], len(x)),
         **shape,
         **launch,
-        **overlapping,
+        **overlap(x.device),
     )
 
-    num_entries = ids.numel()
-    products = x.new_empty(num_entries + min(parts, 1) * num_tokens, hidden_size)
-    launch = _launch(TABLE_FP32 if wide else DOWN_TABLE, x, block_m, parts, width)
+
+def _down(
+    x: Tensor,
+    hidden: Tensor,
+    down: Tensor,
+    shared: Tensor,
+    weights: Tensor,
+    tiles: Tiles,
+    products: Tensor,
+    shape: dict[str, int],
+) -> None:
+    block_m, parts = shape["BLOCK_M"], shape["SHARED"]
+    table = TABLE_FP32 if x.dtype == torch.float32 else DOWN_TABLE
+    launch = _launch(table, x, block_m, parts, shape["I"])
     tokens, weight = hidden, down
     if launch["TMA"]:
         columns = launch["BLOCK_K"]
         tokens = TensorDescriptor.from_tensor(hidden, [block_m, columns])
         weight = TensorDescriptor.from_tensor(down, [1, launch["BLOCK_N"], columns])
-    grid = triton.cdiv(hidden_size, launch["BLOCK_N"]), num_tiles + min(parts, 1) * more_tiles
-    _down_kernel[grid](
-        *(tokens, weight, shared_down, weights, *tiles, products, num_tiles, num_tokens),
+    down_kernel[_grid(x.shape[1], launch, tiles, min(parts, 1), x, block_m)](
+        *(tokens, weight, shared, weights, *tiles, products, tiles.bounds.shape[1], len(x)),
         **shape,
         **launch,
-        **overlapping,
+        **overlap(x.device),
     )
-    if parts:
-        shared = products[num_entries:]
 
+
+def _sum(
+    products: Tensor,
+    ids: Tensor,
+    shared: Tensor | None,
+    out: Tensor,
+    first_expert: int,
+    num_experts: int,
+) -> None:
+    (num_tokens, hidden_size), top_k = out.shape, ids.shape[1]
     block = min(SUM_BLOCK, triton.next_power_of_2(hidden_size))
-    _sum_kernel[num_tokens, triton.cdiv(hidden_size, block)](
+    sum_kernel[num_tokens, triton.cdiv(hidden_size, block)](
         *(products, ids, out if shared is None else shared, out, first_expert),
         HAS_SHARED=shared is not None,
         NUM_EXPERTS=num_experts,
         TOP_K=top_k,
         H=hidden_size,
         BLOCK=block,
-        **overlapping,
+        **overlap(out.device),
     )
