@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ernie_engine.kernels.launch import Table, pick
 from ernie_engine.kernels.products import add_product
 
 LOG2_E = 1.4426950408889634  # the softmax runs on powers of two: callers scale by this as well
@@ -153,6 +154,15 @@ def _merge_kernel(
         acc += tl.sum(weights[:, None] * tl.load(tile, mask=filled[:, None], other=0.0), 0)
         total += tl.sum(weights, 0)
     tl.store(out + pair * HEAD_DIM + dims, (acc / total).to(out.dtype.element_ty))
+
+
+def num_splits(table: Table, num_programs: int, max_context: int, device: torch.device) -> int:
+    """By the number of programs before keys are split, but with MIN_KEYS left for each part."""
+    row = pick(table, device, num_programs)
+    splits = row["SPLITS"]
+    while splits > 1 and splits * row["MIN_KEYS"] > max_context:
+        splits //= 2
+    return splits
 
 
 def split_buffers(out: Tensor, splits: int) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,8 @@ are reused and those slots may hold anything.
 
 The kernel reads K and V where they lie, through the block table. torch ships nothing that does:
 its paged kernels want pages of 256 tokens, and its plain ones a copy of the cached prefix. A few
-tokens behind a long prefix make few tiles: then keys are split over programs as for decoding. Where
-they are not, an H100 or H200 runs prefill_hopper.py's kernel.
+tokens behind a long prefix make few tiles: then keys are split over programs as for decoding. An
+H100 or H200 runs prefill_hopper.py's kernel for all that this one takes.
 """
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
@@ -30,6 +30,7 @@ from ernie_engine.kernels.paged_attention import (
     attend,
     check_layout,
     merge_splits,
+    num_splits,
     split_buffers,
     store_empty_split,
     store_split,
@@ -40,10 +41,6 @@ from ernie_engine.kernels.products import empty_sum
 # By query tokens of the batch.
 TABLE = {
     (DEFAULT, 1 << 20): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-    ("sm_90", 64): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 5},
-    ("sm_90", 256): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 5},
-    ("sm_90", 1024): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 5},
-    ("sm_90", 1 << 20): {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 5},
 }
 CANDIDATES = [
     {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
@@ -58,16 +55,11 @@ TABLE_FP32 = {(DEFAULT, 1 << 20): {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4,
 
 # By programs before keys are split.
 SPLIT_TABLE = {
-    (DEFAULT, 16): {"SPLITS": 8},
-    (DEFAULT, 64): {"SPLITS": 2},
-    (DEFAULT, 65): {"SPLITS": 1},
-    ("sm_90", 8): {"SPLITS": 16},
-    ("sm_90", 88): {"SPLITS": 8},
-    ("sm_90", 344): {"SPLITS": 4},
-    ("sm_90", 345): {"SPLITS": 1},
+    (DEFAULT, 16): {"SPLITS": 8, "MIN_KEYS": 512},
+    (DEFAULT, 64): {"SPLITS": 2, "MIN_KEYS": 512},
+    (DEFAULT, 65): {"SPLITS": 1, "MIN_KEYS": 512},
 }
-SPLIT_CANDIDATES = [{"SPLITS": splits} for splits in (1, 2, 4, 8, 16, 32)]
-MIN_SPLIT_KEYS = 512
+SPLIT_CANDIDATES = [{"SPLITS": splits, "MIN_KEYS": 512} for splits in (1, 2, 4, 8, 16, 32)]
 
 MAX_MASK_ELEMENTS = 1 << 26  # query tokens x context tokens of one masked product
 
@@ -85,14 +77,6 @@ def num_programs(q: Tensor, k_cache: Tensor, num_rows: int) -> int:
     """Before keys are split: what SPLIT_TABLE goes by."""
     kv_heads = k_cache.shape[2]
     return _num_tiles(q, kv_heads, num_rows) * kv_heads
-
-
-def num_splits(num_programs: int, max_context: int, device: torch.device) -> int:
-    """By the number of programs before keys are split, but with MIN_SPLIT_KEYS left for each."""
-    splits = pick(SPLIT_TABLE, device, num_programs)["SPLITS"]
-    while splits > 1 and splits * MIN_SPLIT_KEYS > max_context:
-        splits //= 2
-    return splits
 
 
 @triton.jit
@@ -210,11 +194,12 @@ def prefill_attention_triton(
     if num_tokens == 0:
         return out
     check_layout(q, k_cache, v_cache, block_tables)
-    num_tiles, max_context = _num_tiles(q, kv_heads, num_rows), block_tables.shape[1] * block_size
-    splits = num_splits(num_programs(q, k_cache, num_rows), max_context, q.device)
-    if splits == 1 and takes(q, k_cache):
+    if takes(q, k_cache):
         where = k_cache, v_cache, block_tables, query_start, context_lens
         return prefill_attention_hopper(q, *where, scale)
+    num_tiles, max_context = _num_tiles(q, kv_heads, num_rows), block_tables.shape[1] * block_size
+    programs = num_programs(q, k_cache, num_rows)
+    splits = num_splits(SPLIT_TABLE, programs, max_context, q.device)
     values, lse = split_buffers(out, splits)
     launch = _launch(q)
     _prefill_kernel[splits, kv_heads, num_tiles](

@@ -2,8 +2,8 @@
 
 A program has 128 (query token, head) pairs. One warp has the copy engine bring tiles of keys and
 values, page by page, into shared memory; two groups of four warps compute 64 pairs each and take
-turns: while one has its products done, the other is at its softmax. For bf16, heads of 128 and
-pages that fill a tile; for all else prefill_attention.py has a kernel. Never reads a slot at or
+turns: while one has its products done, the other is at its softmax. For bf16 and fp16, heads of 128
+and pages that fill a tile; for all else prefill_attention.py has a kernel. Never reads a slot at or
 after a row's context.
 """
 
@@ -25,18 +25,29 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ernie_engine.kernels.launch import is_hopper
-from ernie_engine.kernels.paged_attention import LOG2_E
+from ernie_engine.kernels.paged_attention import LOG2_E, merge_splits, num_splits, split_buffers
 
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # Triton 3.6 has the former, 3.7 this
 HEAD_DIM = gl.constexpr(128)
 PAIRS = gl.constexpr(64)  # of a group of warps
 KEYS = gl.constexpr(128)  # of a tile
-STAGES = gl.constexpr(2)  # tiles on their way or in use, of keys and of values
+STAGES = gl.constexpr(3)  # tiles on their way or in use, of keys and of values
 BOX = gl.constexpr(64)  # columns that the copy engine brings at once: 128 bytes, its swizzle's span
 NEVER = gl.constexpr(1 << 30)  # a position that no query token has
 # Registers a thread: what all begin with; then the loading warp leaves some to the computing ones.
 LAUNCH = {"num_warps": 4, "maxnreg": 168}
 COMPUTING, LOADING = gl.constexpr(232), gl.constexpr(40)
+
+# By programs before keys are split: with 132 multiprocessors, one program each at a time.
+SPLIT_TABLE = {
+    ("sm_90", 8): {"SPLITS": 16, "MIN_KEYS": 512},
+    ("sm_90", 16): {"SPLITS": 8, "MIN_KEYS": 512},
+    ("sm_90", 32): {"SPLITS": 4, "MIN_KEYS": 1024},
+    ("sm_90", 66): {"SPLITS": 2, "MIN_KEYS": 2048},
+    ("sm_90", 264): {"SPLITS": 4, "MIN_KEYS": 2048},
+    ("sm_90", 265): {"SPLITS": 1, "MIN_KEYS": 2048},
+}
+SPLIT_CANDIDATES = [{"SPLITS": splits, "MIN_KEYS": 512} for splits in (1, 2, 4, 8, 16)]
 
 
 def takes(q: Tensor, k_cache: Tensor) -> bool:
@@ -44,7 +55,7 @@ def takes(q: Tensor, k_cache: Tensor) -> bool:
     block_size, kv_heads, head_dim = k_cache.shape[1:]
     return (
         is_hopper(q.device)
-        and q.dtype == torch.bfloat16
+        and q.dtype in (torch.bfloat16, torch.float16)
         and head_dim == HEAD_DIM.value
         and 16 <= block_size <= KEYS.value
         and q.shape[1] // kv_heads <= 2 * PAIRS.value
@@ -112,39 +123,46 @@ def _load(
     v_pages,
     barriers,
     table,
-    context,
+    place,
+    tiles,
     num_blocks,
-    kv_head,
-    num_tiles,
     PAGES: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
 ):
     """The loading warp. The last page is read such that it ends with the context's last key: what
     would stand before its first slot is outside the tensor and becomes zeros."""
     k_full, k_empty, v_full, v_empty, _ = barriers
+    kv_head, _, _, _, context = place
+    first_tile, num_tiles, _ = tiles
     num_pages = (context + BLOCK_SIZE - 1) // BLOCK_SIZE
     last_page = num_pages - 1
     shift = context - num_pages * BLOCK_SIZE  # <= 0
-    ids = _page_ids(table, 0, num_pages, num_blocks, PAGES)
+    first_page = first_tile * PAGES
+    ids = _page_ids(table, first_page, num_pages, num_blocks, PAGES)
     column = kv_head * HEAD_DIM
     for j in range(num_tiles):
         stage, phase = j % STAGES, (j // STAGES) & 1
-        ahead = _page_ids(table, (j + 1) * PAGES, num_pages, num_blocks, PAGES)
-        where = j * PAGES, last_page, shift, column, stage, phase
+        ahead = _page_ids(table, first_page + PAGES, num_pages, num_blocks, PAGES)
+        where = first_page, last_page, shift, column, stage, phase
         _copy_tile(k_cache, k_pages, k_full, k_empty, ids, *where, PAGES, BLOCK_SIZE)
         _copy_tile(v_cache, v_pages, v_full, v_empty, ids, *where, PAGES, BLOCK_SIZE)
         ids = ahead
+        first_page += PAGES
 
 
 @gluon.jit
 def _mask(scores, start, positions, context, BLOCK_SIZE: gl.constexpr, LAYOUT: gl.constexpr):
     """-inf where a key is not to be seen; keys of the last page lie as _load() has moved them."""
-    keys = start + gl.arange(0, KEYS, gl.SliceLayout(0, LAYOUT))
-    last_page = (context - 1) // BLOCK_SIZE * BLOCK_SIZE  # its first key
-    moved = keys + (context - last_page - BLOCK_SIZE)
-    keys = gl.where(keys >= last_page, gl.where(moved < last_page, NEVER, moved), keys)
-    keys = gl.where(keys < context, keys, NEVER)
-    return gl.where(keys[None, :] <= positions[:, None], scores, float("-inf"))
+    columns = gl.arange(0, KEYS, gl.SliceLayout(0, LAYOUT))
+    visible = positions + 1 - start
+    last_page = (context - 1) // BLOCK_SIZE * BLOCK_SIZE - start  # its first column
+    shift = last_page + start + BLOCK_SIZE - context  # by so many columns its keys are moved
+    if (shift > 0) & (last_page < KEYS):
+        keys = gl.where(columns < last_page, columns, columns - shift)
+        keys = gl.where((columns >= last_page) & (keys < last_page), NEVER, keys)
+        return gl.where(keys[None, :] < visible[:, None], scores, float("-inf"))
+    else:
+        return gl.where(columns[None, :] < visible[:, None], scores, float("-inf"))
 
 
 @gluon.jit
@@ -157,43 +175,54 @@ def _softmax(scores, top, total, scale):
 
 
 @gluon.jit
+def _pairs(
+    place, MINE: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """Of PAIRS pairs of a group of warps: the query tokens, the rows of q, and which are real."""
+    kv_head, first_token, first_query, num_queries, _ = place
+    m = MINE * PAIRS + gl.arange(0, PAIRS, LAYOUT)
+    query = first_query + m // GROUP
+    pair = (first_token + query).to(gl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + m % GROUP
+    return query, pair, (query < num_queries) & (m < 2 * PAIRS // GROUP * GROUP)
+
+
+@gluon.jit
 def _compute(
     q,
-    out,
+    results,
     q_tile,
     k_tiles,
     v_tiles,
     barriers,
     place,
-    kv_head,
+    tiles,
     scale,
-    num_tiles,
-    seen_by_all,
     MINE: gl.constexpr,
     GROUP: gl.constexpr,
     KV_HEADS: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
+    SPLITS: gl.constexpr,
 ):
     """A group of computing warps, the first (MINE 0) or the second: PAIRS of the program's pairs
-    against tiles 0 .. num_tiles - 1, of which `seen_by_all` need no mask."""
+    against `num_tiles` tiles from `first_tile` on, of which `seen_by_all` need no mask."""
+    values, lse, first_result = results
     k_full, k_empty, v_full, v_empty, turns = barriers
-    first_token, first_query, num_queries, first_position, context = place
+    _, _, _, num_queries, context = place
+    first_tile, num_tiles, seen_by_all = tiles
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     MEMORY: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    m = MINE * PAIRS + gl.arange(0, PAIRS, gl.SliceLayout(1, MEMORY))
-    query = first_query + m // GROUP
-    real = (query < num_queries) & (m < 2 * PAIRS // GROUP * GROUP)
-    pair = (first_token + query).to(gl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + m % GROUP
+    _, pair, real = _pairs(place, MINE, GROUP, KV_HEADS, gl.SliceLayout(1, MEMORY))
     dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, MEMORY))
     places = pair[:, None] * HEAD_DIM + dims[None, :]
     q_tile.store(gl.load(q + places, mask=real[:, None], other=0.0))
     fence_async_shared()
     barrier()
 
-    positions = first_position + (MINE * PAIRS + gl.arange(0, PAIRS, ROWS)) // GROUP
+    query, pair, is_pair = _pairs(place, MINE, GROUP, KV_HEADS, ROWS)
+    positions = context - num_queries + query
     zeros = gl.zeros([PAIRS, KEYS], gl.float32, SCORES)
     acc = gl.zeros([PAIRS, HEAD_DIM], gl.float32, SUMS)
     top = gl.full([PAIRS], float("-inf"), gl.float32, ROWS)
@@ -205,9 +234,10 @@ def _compute(
     mbarrier.arrive(turns.index(1 - MINE), count=1)
     scores = warpgroup_mma_wait(0, deps=(scores,))
     mbarrier.arrive(k_empty.index(0), count=1)
-    scores = _mask(scores, 0, positions, context, BLOCK_SIZE, SCORES)
+    if seen_by_all < 1:
+        scores = _mask(scores, first_tile * KEYS, positions, context, BLOCK_SIZE, SCORES)
     p, top, total, keep = _softmax(scores, top, total, scale)
-    weights = gl.convert_layout(p.to(gl.bfloat16), WEIGHTS)
+    weights = gl.convert_layout(p.to(q_tile.dtype), WEIGHTS)
     for masked in gl.static_range(2):
         if masked == 0:
             begin, end = 1, seen_by_all
@@ -226,10 +256,11 @@ def _compute(
             scores = warpgroup_mma_wait(1, deps=(scores,))
             mbarrier.arrive(k_empty.index(stage), count=1)
             if masked == 1:
-                scores = _mask(scores, j * KEYS, positions, context, BLOCK_SIZE, SCORES)
+                start = (first_tile + j) * KEYS
+                scores = _mask(scores, start, positions, context, BLOCK_SIZE, SCORES)
             p, top, total, keep = _softmax(scores, top, total, scale)
-            now = gl.convert_layout(p.to(gl.bfloat16), WEIGHTS)
-            acc, weights = warpgroup_mma_wait(0, deps=(sums, weights))
+            now = gl.convert_layout(p.to(q_tile.dtype), WEIGHTS)
+            acc, weights, now = warpgroup_mma_wait(0, deps=(sums, weights, now))
             mbarrier.arrive(v_empty.index(before), count=1)
             acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, SUMS))[:, None]
             weights = now
@@ -237,17 +268,27 @@ def _compute(
     mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
     sums = warpgroup_mma(weights, v_tiles.index(last % STAGES), acc, is_async=True)
     acc, weights = warpgroup_mma_wait(0, deps=(sums, weights))
-    acc = acc / gl.convert_layout(total, gl.SliceLayout(1, SUMS))[:, None]
-    q_tile.store(acc.to(gl.bfloat16))
-    barrier()
-    gl.store(out + places, q_tile.load(MEMORY), mask=real[:, None])
+    acc = acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, SUMS))[:, None]
+    if SPLITS == 1:
+        q_tile.store(acc.to(q_tile.dtype))
+        barrier()
+        gl.store(values + places, q_tile.load(MEMORY), mask=real[:, None])
+    else:
+        # A pair that sees nothing of this range has NaN for values and, by its -inf, no weight.
+        result = first_result + pair
+        logarithm = gl.where(total > 0, top * scale + gl.log2(total), float("-inf"))
+        gl.store(lse + result, logarithm, mask=is_pair)
+        rows = gl.convert_layout(result, gl.SliceLayout(1, SUMS))[:, None] * HEAD_DIM
+        columns = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, SUMS))[None, :]
+        is_row = gl.convert_layout(is_pair, gl.SliceLayout(1, SUMS))[:, None]
+        gl.store(values + rows + columns, acc, mask=is_row)
 
 
 # What differs from step to step makes no kernel of its own.
 @gluon.jit(
     do_not_specialize=[
         *("block_tables", "query_start", "context_lens"),
-        *("num_rows", "table_width", "num_blocks"),
+        *("num_tokens", "num_rows", "table_width", "num_blocks"),
     ]
 )
 def _prefill_hopper_kernel(
@@ -257,41 +298,52 @@ def _prefill_hopper_kernel(
     block_tables,
     query_start,
     context_lens,
-    out,
+    values,
+    lse,
     scale,
+    num_tokens,
     num_rows,
     table_width,
     num_blocks,
     GROUP: gl.constexpr,
     KV_HEADS: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
+    SPLITS: gl.constexpr,
 ):
-    """The query tokens of a tile, all heads of a group, against all that they may see."""
+    """The query tokens of a tile, all heads of a group, against one of SPLITS ranges of what they
+    may see -> values [SPLITS, T, Hq, D], lse [SPLITS, T, Hq]."""
     BLOCK_Q: gl.constexpr = 2 * PAIRS // GROUP
     PAGES: gl.constexpr = KEYS // BLOCK_SIZE
-    kv_head = gl.program_id(0)
-    tile = gl.num_programs(1) - 1 - gl.program_id(1)  # a row's last tokens have most to do
-    row, first_tile = _find_row(query_start, num_rows, tile, BLOCK_Q)
+    split, kv_head = gl.program_id(0), gl.program_id(1)
+    tile = gl.num_programs(2) - 1 - gl.program_id(2)  # a row's last tokens have most to do
+    row, row_tile = _find_row(query_start, num_rows, tile, BLOCK_Q)
     first_token = gl.load(query_start + row)
     num_queries = gl.load(query_start + row + 1) - first_token
-    first_query = (tile - first_tile) * BLOCK_Q
+    first_query = (tile - row_tile) * BLOCK_Q
+    if first_query >= num_queries:
+        return
     context = gl.load(context_lens + row)
     first_position = context - num_queries + first_query
     end = gl.minimum(first_position + BLOCK_Q, context)
-    # A tile of no query token is computed like one of one tile of keys, and not stored.
-    num_tiles = gl.where(first_query < num_queries, gl.maximum((end + KEYS - 1) // KEYS, 1), 1)
-    seen_by_all = gl.minimum((first_position + 1) // KEYS, num_tiles)
+    all_tiles = (end + KEYS - 1) // KEYS
+    per_split = (all_tiles + SPLITS - 1) // SPLITS
+    first_tile = split * per_split
+    # A range of no key is computed like one of one tile: all masked.
+    num_tiles = gl.maximum(gl.minimum(per_split, all_tiles - first_tile), 1)
+    seen_by_all = gl.minimum((first_position + 1) // KEYS - first_tile, num_tiles)
+    first_result = split.to(gl.int64) * num_tokens * (KV_HEADS * GROUP)
 
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     PAGE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=3)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    q_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, PAIRS, HEAD_DIM], TILE)
-    k_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES, KEYS, HEAD_DIM], TILE)
-    v_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES, KEYS, HEAD_DIM], TILE)
+    DTYPE: gl.constexpr = q.dtype.element_ty
+    q_tiles = gl.allocate_shared_memory(DTYPE, [2, PAIRS, HEAD_DIM], TILE)
+    k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, KEYS, HEAD_DIM], TILE)
+    v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, KEYS, HEAD_DIM], TILE)
     # The same memory page by page: a tile lies there as halves of BOX columns.
     PIECES: gl.constexpr = STAGES * (HEAD_DIM // BOX) * PAGES
-    k_pages = k_tiles._reinterpret(gl.bfloat16, [PIECES, 1, BLOCK_SIZE, BOX], PAGE)
-    v_pages = v_tiles._reinterpret(gl.bfloat16, [PIECES, 1, BLOCK_SIZE, BOX], PAGE)
+    k_pages = k_tiles._reinterpret(DTYPE, [PIECES, 1, BLOCK_SIZE, BOX], PAGE)
+    v_pages = v_tiles._reinterpret(DTYPE, [PIECES, 1, BLOCK_SIZE, BOX], PAGE)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -307,17 +359,19 @@ def _prefill_hopper_kernel(
     fence_async_shared()
     mbarrier.arrive(turns.index(0), count=1)
     barriers = (k_full, k_empty, v_full, v_empty, turns)
-    place = (first_token, first_query, num_queries, first_position, context)
+    place = (kv_head, first_token, first_query, num_queries, context)
+    tiles = (first_tile, num_tiles, seen_by_all)
+    results = (values, lse, first_result)
     table = block_tables + row * table_width
     # fmt: off
     gl.warp_specialize(
         [
-            (_compute, (q, out, q_tiles.index(0), k_tiles, v_tiles, barriers, place, kv_head, scale,
-                        num_tiles, seen_by_all, 0, GROUP, KV_HEADS, BLOCK_SIZE)),
-            (_compute, (q, out, q_tiles.index(1), k_tiles, v_tiles, barriers, place, kv_head, scale,
-                        num_tiles, seen_by_all, 1, GROUP, KV_HEADS, BLOCK_SIZE)),
-            (_load, (k_cache, v_cache, k_pages, v_pages, barriers, table, context, num_blocks,
-                     kv_head, num_tiles, PAGES, BLOCK_SIZE)),
+            (_compute, (q, results, q_tiles.index(0), k_tiles, v_tiles, barriers, place, tiles,
+                        scale, 0, GROUP, KV_HEADS, BLOCK_SIZE, SPLITS)),
+            (_compute, (q, results, q_tiles.index(1), k_tiles, v_tiles, barriers, place, tiles,
+                        scale, 1, GROUP, KV_HEADS, BLOCK_SIZE, SPLITS)),
+            (_load, (k_cache, v_cache, k_pages, v_pages, barriers, table, place, tiles, num_blocks,
+                     PAGES, BLOCK_SIZE)),
         ],
         [4, 1],
         [COMPUTING, LOADING],
@@ -333,6 +387,13 @@ def _descriptor(cache: Tensor) -> TensorDescriptor:
     return TensorDescriptor(view, list(view.shape), list(view.stride()), box, layout)
 
 
+def num_programs(q: Tensor, k_cache: Tensor, num_rows: int) -> int:
+    """Before keys are split: what SPLIT_TABLE goes by."""
+    kv_heads = k_cache.shape[2]
+    block_q = 2 * PAIRS.value // (q.shape[1] // kv_heads)
+    return (len(q) // block_q + num_rows) * kv_heads  # see _find_row()
+
+
 def prefill_attention_hopper(
     q: Tensor,
     k_cache: Tensor,
@@ -342,18 +403,23 @@ def prefill_attention_hopper(
     context_lens: Tensor,
     scale: float,
 ) -> Tensor:
-    """As prefill_attention_triton() for what takes() says and at least one token, in one piece."""
+    """As prefill_attention_triton() for what takes() says and at least one token."""
     (num_tokens, num_heads, _), num_rows = q.shape, len(context_lens)
     num_blocks, block_size, kv_heads = k_cache.shape[:3]
     group = num_heads // kv_heads
+    num_tiles = num_programs(q, k_cache, num_rows) // kv_heads
+    max_context = block_tables.shape[1] * block_size
+    splits = num_splits(SPLIT_TABLE, num_tiles * kv_heads, max_context, q.device)
     out = torch.empty_like(q)
-    num_tiles = num_tokens // (2 * PAIRS.value // group) + num_rows  # see _find_row()
-    _prefill_hopper_kernel[kv_heads, num_tiles](
+    values, lse = split_buffers(out, splits)
+    _prefill_hopper_kernel[splits, kv_heads, num_tiles](
         *(q, _descriptor(k_cache), _descriptor(v_cache), block_tables, query_start, context_lens),
-        *(out, scale * LOG2_E, num_rows, block_tables.stride(0), num_blocks),
+        *(values, lse, scale * LOG2_E, num_tokens, num_rows, block_tables.stride(0), num_blocks),
         GROUP=group,
         KV_HEADS=kv_heads,
         BLOCK_SIZE=block_size,
+        SPLITS=splits,
         **LAUNCH,
     )
+    merge_splits(values, lse, query_start, out)
     return out

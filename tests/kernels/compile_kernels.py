@@ -3,7 +3,7 @@
     python tests/kernels/compile_kernels.py [some | all] [OP ...]
 
 Run without TRITON_INTERPRET; prints a line of JSON for each compiled kernel, and one for each row
-of a launch table that no case asked for. `all` is every layout, some is what CI has time for.
+of a launch table: whether a case asked for it. `all` is every layout, some is what CI has time for.
 """
 
 import json
@@ -46,10 +46,10 @@ class Asked(dict):
         self.asked.add(key)
         return super().__getitem__(key)
 
-    def missed(self, arch: str) -> list[int]:
-        """Buckets of `arch`, or of the default if it has none, that nobody asked for."""
+    def of(self, arch: str) -> list[tuple[str, int]]:
+        """The rows of `arch`, or the default ones if it has none."""
         own = arch if any(name == arch for name, _ in self) else DEFAULT
-        return [bucket for name, bucket in self if name == own and (own, bucket) not in self.asked]
+        return [key for key in self if key[0] == own]
 
 
 def launch_tables() -> dict[str, Asked]:
@@ -80,9 +80,8 @@ def compile_all(arch: int, which: str, ops: list[str]) -> Iterator[dict]:
             yield {**facts, "shared": kernel.metadata.shared}
     if len(ops) == len(with_kernels()):
         for name, table in tables.items():
-            yield from (
-                {"table": name, "arch": arch, "missed": b} for b in table.missed(f"sm_{arch}")
-            )
+            for row in table.of(f"sm_{arch}"):
+                yield {"table": name, "row": row, "asked": row in table.asked}
 
 
 def with_kernels() -> list[str]:

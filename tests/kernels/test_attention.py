@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from ernie_engine.kernels import decode_attention as decode
+from ernie_engine.kernels import paged_attention
 from ernie_engine.kernels import prefill_attention as prefill
 from ernie_engine.kernels import prefill_hopper as hopper
 from ernie_engine.kernels.launch import DEFAULT
@@ -265,17 +266,17 @@ def test_prefill_tiles(monkeypatch, dtype, block_m, block_n):
 @half_and_single
 @pytest.mark.parametrize("splits", [2, 8])
 def test_prefill_splits(monkeypatch, dtype, splits):
-    monkeypatch.setattr(prefill, "SPLIT_TABLE", {(DEFAULT, 1): {"SPLITS": splits}})
-    monkeypatch.setattr(prefill, "MIN_SPLIT_KEYS", 1)
+    row = {"SPLITS": splits, "MIN_KEYS": 1}
+    monkeypatch.setattr(prefill, "SPLIT_TABLE", {(DEFAULT, 1): row})
     rows = [(2, 2), (0, 9), (9, 64), (13, 130)]  # the short row fills no second range
     check("prefill", make(rows, (5, 1), 16, dtype))
 
 
-def test_splits_of_a_prefill_are_long_enough(monkeypatch):
-    monkeypatch.setattr(prefill, "SPLIT_TABLE", {(DEFAULT, 9): {"SPLITS": 8}})
+def test_splits_of_a_prefill_are_long_enough():
+    table = {(DEFAULT, 9): {"SPLITS": 8, "MIN_KEYS": 512}}
     contexts = {8 * 512: 8, 8 * 512 - 1: 4, 1024: 2, 1023: 1, 16: 1}
     for context, splits in contexts.items():
-        assert prefill.num_splits(9, context, torch.device("cpu")) == splits
+        assert paged_attention.num_splits(table, 9, context, torch.device("cpu")) == splits
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -300,13 +301,16 @@ def test_decode_at_all_lengths(dtype, heads, head_dim):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("block_size", [16, 32, 128])
 @pytest.mark.parametrize("heads", [(20, 4), (8, 1), (16, 2), (4, 4), (3, 1)])
-def test_prefill_on_hopper(heads, block_size):
+def test_prefill_on_hopper(monkeypatch, heads, block_size, splits):
     """Behind no prefix and long ones, at all borders of pages and tiles; more rows than tiles."""
+    row = {"SPLITS": splits, "MIN_KEYS": 1}
+    monkeypatch.setattr(hopper, "SPLIT_TABLE", {("sm_90", 1): row})
     lengths = [1, 15, 16, 17, 24, 25, 26, 127, 128, 129, 255, 256, 257, 300]
     rows = [(n, n + past) for past in (0, 1, 15, 16, 112, 128, 400) for n in lengths] + [(0, 9)]
-    case = make(rows, heads, 128, torch.bfloat16, block_size)
+    case = make(rows, heads, 128, torch.float16 if block_size == 32 else torch.bfloat16, block_size)
     if not hopper.takes(case.q, case.k_cache):
         pytest.skip("not on this card")
     check("prefill", case, lambda *args: hopper.prefill_attention_hopper(*args[:-1]))

@@ -30,6 +30,7 @@ from ernie_engine.kernels import (
     norm_qkv_rope,
     norm_router,
     prefill_attention,
+    prefill_hopper,
     rms_norm,
     rope,
     router,
@@ -38,7 +39,7 @@ from ernie_engine.kernels import (
     vocab_head,
 )
 from ernie_engine.kernels.gemv import MOST_TOKENS
-from ernie_engine.kernels.launch import DEFAULT, architecture
+from ernie_engine.kernels.launch import DEFAULT, architecture, is_hopper
 from ernie_engine.kernels.registry import IMPLEMENTATIONS
 
 Params = dict[str, int]
@@ -73,12 +74,20 @@ def _few(limit: int) -> Callable[[KernelCase], int | None]:
     return lambda case: case.size if case.size <= limit else None
 
 
-def _splits_of(case: KernelCase) -> int | None:
+def _on_hopper() -> bool:
+    return torch.cuda.is_available() and is_hopper(torch.device("cuda"))
+
+
+def _splits(module: Any, hopper: bool) -> Callable[[KernelCase], int | None]:
     """Programs before keys are split; of chunks behind a prefix, which is what splits are for."""
-    if "past" not in case.label:
-        return None
-    arguments = case.make(torch.device("meta"))
-    return prefill_attention.num_programs(arguments[0], arguments[1], len(arguments[5]))
+
+    def bucket(case: KernelCase) -> int | None:
+        if "past" not in case.label or hopper != _on_hopper():
+            return None
+        arguments = case.make(torch.device("meta"))
+        return module.num_programs(arguments[0], arguments[1], len(arguments[5]))
+
+    return bucket
 
 
 # Tokens with which a tile size of the grouped products is at its best, under even routing.
@@ -160,13 +169,21 @@ TUNABLE = {
     "add_rms_norm": [Tunable("rms_norm.TABLE", rms_norm.TABLE, rms_norm.CANDIDATES)],
     "rope_and_cache": [Tunable("rope.TABLE", rope.TABLE, rope.CANDIDATES)],
     "prefill_attention": [
-        Tunable(
-            "prefill_attention.SPLIT_TABLE",
-            prefill_attention.SPLIT_TABLE,
-            prefill_attention.SPLIT_CANDIDATES,
-            _splits_of,
+        *(
+            Tunable(
+                f"{module.__name__.rpartition('.')[2]}.SPLIT_TABLE",
+                module.SPLIT_TABLE,
+                module.SPLIT_CANDIDATES,
+                _splits(module, hopper),
+            )
+            for module, hopper in ((prefill_attention, False), (prefill_hopper, True))
         ),
-        Tunable("prefill_attention.TABLE", prefill_attention.TABLE, prefill_attention.CANDIDATES),
+        Tunable(
+            "prefill_attention.TABLE",
+            prefill_attention.TABLE,
+            prefill_attention.CANDIDATES,
+            lambda case: None if _on_hopper() else case.size,
+        ),
     ],
     "decode_attention": [
         Tunable("decode_attention.TABLE", decode_attention.TABLE, decode_attention.CANDIDATES)
