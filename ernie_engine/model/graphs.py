@@ -20,12 +20,11 @@ from ernie_engine.model.slots import host_tensor
 
 DECODE_SIZES = (*range(1, 8), *range(8, 64, 8), *range(64, 128, 16), *range(128, 513, 32))
 MIXED_SIZES = (16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048)
-MAX_MIXED_ROWS = 64
-# Longest context of a recorded mixed step. There single tokens go to the prefill kernel, whose
-# grid is sized by rows that may be padding, so keys are cut into few parts or none: bearable
-# behind some thousand keys, not behind a hundred thousand. Longer ones run eagerly; their
-# attention hides the host.
-MIXED_CONTEXT = 4096
+# The most rows of a recorded mixed step, and their longest context. There single tokens go to the
+# prefill kernel, whose grid is sized by rows that may be padding, so that of many rows keys are cut
+# into few parts or none: bearable behind some thousand keys, not behind a hundred thousand. Others
+# run eagerly; with many rows and long contexts, attention hides the host.
+MIXED_KINDS = ((64, 4096), (4, 1 << 30))
 # Ops whose twins in torch wait for the device to learn a size.
 _WAITING_TWINS = ("prefill_attention", "decode_attention", "moe_experts", "norm_moe")
 
@@ -43,8 +42,9 @@ def obstacle(config: ResolvedConfig, ops: Ops) -> str | None:
 
 @dataclass(frozen=True)
 class GraphShapes:
-    """The shapes that are recorded, small ones first. In those of `decode` every row has one token;
-    a mixed one has a row more than the steps it holds, for tokens of padding."""
+    """The shapes that are recorded, small ones first, of equal ones short contexts first. In those
+    of `decode` every row has one token; a mixed one has a row more than the steps it holds, for
+    tokens of padding."""
 
     decode: Sequence[StepShape]
     mixed: Sequence[StepShape]
@@ -54,11 +54,12 @@ class GraphShapes:
         """The smallest that holds the step; None: it runs eagerly."""
         if step.num_decodes == step.num_rows:
             return next((s for s in self.decode if s.num_rows >= step.num_rows), None)
-        shape = next((s for s in self.mixed if s.num_tokens >= step.num_tokens), None)
-        if shape is None or step.num_rows >= shape.num_rows:
-            return None
-        is_near = shape.num_tokens - step.num_tokens <= self.most_padding
-        return shape if is_near and step.most_blocks <= shape.most_blocks else None
+        return next((s for s in self.mixed if self._holds(s, step)), None)
+
+    def _holds(self, mixed: StepShape, step: StepShape) -> bool:
+        padding = mixed.num_tokens - step.num_tokens
+        has_room = step.num_rows < mixed.num_rows and step.most_blocks <= mixed.most_blocks
+        return has_room and 0 <= padding <= self.most_padding
 
     @property
     def largest_first(self) -> list[StepShape]:
@@ -74,14 +75,17 @@ def graph_shapes(config: ResolvedConfig) -> GraphShapes:
     # With stages a step has an even share of the requests: scheduler.py.
     most_rows = min(-(-config.max_num_seqs // config.pipeline_parallel_size), budget)
     most_blocks = -(-config.max_model_len // block_size)
-    mixed_blocks = min(most_blocks, -(-MIXED_CONTEXT // block_size))
-    most_padding = min(config.max_model_len, mixed_blocks * block_size)
+    kinds: dict[int, int] = {}  # blocks of a context -> rows
+    for rows, context in MIXED_KINDS:
+        kinds.setdefault(min(most_blocks, -(-context // block_size)), rows)
+    most_padding = min(config.max_model_len, min(kinds) * block_size)
     mixed = []
     for size in _up_to(MIXED_SIZES, budget):
-        num_rows = min(size, most_rows, MAX_MIXED_ROWS)
-        # A request's last token is never computed.
-        if size <= num_rows * (most_padding - 1) + most_padding:  # else no step comes near it
-            mixed.append(StepShape(num_rows + 1, size, 0, size, mixed_blocks))
+        for num_blocks, rows_of_kind in kinds.items():
+            num_rows = min(size, most_rows, rows_of_kind)
+            # A request's last token is never computed.
+            if size <= num_rows * (most_padding - 1) + most_padding:  # else no step comes near it
+                mixed.append(StepShape(num_rows + 1, size, 0, size, num_blocks))
     decode = [StepShape(n, n, n, 1, most_blocks) for n in _up_to(DECODE_SIZES, most_rows)]
     return GraphShapes(decode, mixed, most_padding)
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from ernie_engine.engine.plan import NewSlot, SamplingPart, SamplingSpec, StepPlan
 from ernie_engine.engine_config import ResolvedConfig
 from ernie_engine.kernels.decode_attention import MAX_GATHERED_TOKENS
-from ernie_engine.kernels.prefill_attention import MIN_SPLIT_KEYS
 from ernie_engine.model.batch import StepShape
 from ernie_engine.model.runner import PROMPT_LOGITS_CHUNK, ModelRunner
 
@@ -115,7 +114,7 @@ def compiling_plans(config: ResolvedConfig, num_blocks: int) -> Iterator[StepPla
     for size in sizes_up_to(most_rows):
         yield plan([(0, 1)] * size)
         yield plan([(0, 1)] * size, drawing)
-    splits = [MIN_SPLIT_KEYS << i for i in range(6)]
+    splits = [512 << i for i in range(6)]
     prefixes = [keys for keys in splits[1:] if keys < longest]
     for size in sizes_up_to(min(budget, most_rows * longest)):
         yield plan(_rows_of(size, 0, longest))
@@ -147,12 +146,15 @@ def rows_filling(shape: StepShape, longest: int) -> list[Row]:
     if shape.num_decodes:
         num_rows = max(1, shape.num_rows - 1)
         return [((7 * i + 20) % min(longest, SHORT_CONTEXT), 1) for i in range(num_rows)]
-    most_rows = shape.num_rows - 1
-    has_room = (most_rows - 2) * longest >= shape.num_tokens  # beside two single tokens
-    rows = [(min(3 * i + 1, longest - 1), 1) for i in range(2 if has_room else 0)]
-    left = shape.num_tokens - len(rows) - min(3, longest, shape.num_tokens // 4)
-    while left > 0 and len(rows) < most_rows:
-        count = min(left, longest)
-        rows.append((0, count))
-        left -= count
+    # Single tokens stand behind the others: each position is written by one row, or by rows that
+    # begin with the first. What a token gives depends, in its last bit, on where its context ends.
+    most_rows, padding = shape.num_rows - 1, min(3, longest, shape.num_tokens // 4)
+    has_room = most_rows > 2 and (most_rows - 2) * (longest - 2) >= shape.num_tokens
+    num_single = 2 if has_room else 0
+    left, prompts = shape.num_tokens - padding - num_single, []
+    while left > 0 and len(prompts) < most_rows - num_single:
+        prompts.append((0, min(left, longest - num_single)))
+        left -= prompts[-1][1]
+    behind = max(count for _, count in prompts)
+    rows = [*((behind + i, 1) for i in range(num_single)), *prompts]
     return sorted(rows, key=lambda row: row[1] > 1)
