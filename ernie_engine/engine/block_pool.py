@@ -91,7 +91,9 @@ def chain_digests(
 
     Keyed BLAKE2b, 128 bits: nobody without `key` can make two prefixes collide.
     """
-    for start in range(0, len(token_ids) - block_size + 1, block_size):
-        tokens = array("q", token_ids[start : start + block_size]).tobytes()
-        parent = blake2b(parent + tokens, digest_size=DIGEST_SIZE, key=key).digest()
+    tokens = array("q", token_ids)
+    data, size = tokens.tobytes(), block_size * tokens.itemsize
+    for start in range(0, len(data) - size + 1, size):
+        block = data[start : start + size]
+        parent = blake2b(parent + block, digest_size=DIGEST_SIZE, key=key).digest()
         yield parent

@@ -43,7 +43,7 @@ class ColumnReader:
         if found != kind or len(data) != _HEADER.size + 8 * (num_ints + num_floats):
             raise ValueError(f"not a {self.kind} frame, or cut short: {len(data)} bytes")
         middle = _HEADER.size + 8 * num_ints
-        self._ints = array("q", data[_HEADER.size : middle]).tolist()
+        self._ints = array("q", data[_HEADER.size : middle])
         self._floats = array("d", data[middle:]).tolist()
         self._int_at = self._float_at = 0
 
@@ -53,10 +53,17 @@ class ColumnReader:
     def int_list(self) -> list[int]:
         return self.take_ints(self.one())
 
+    def int_array(self) -> "array[int]":
+        """An int_list(), in one piece: for long ones."""
+        return self._take_ints(self.one())
+
     def float_list(self) -> list[float]:
         return self.take_floats(self.one())
 
     def take_ints(self, count: int) -> list[int]:
+        return self._take_ints(count).tolist()
+
+    def _take_ints(self, count: int) -> "array[int]":
         at, self._int_at = self._int_at, self._int_at + count
         if not at <= self._int_at <= len(self._ints):
             raise ValueError(f"a {self.kind} frame counts more entries than it has")

@@ -6,6 +6,7 @@ nothing has been submitted yet. Never talks to the loop.
 
 import itertools
 import secrets
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,10 +110,10 @@ class Intake:
         eos_ids = frozenset() if params.ignore_eos else self.eos_ids
         stop_ids = frozenset(params.stop_token_ids)
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        requests, assemblers = [], []
+        requests, assemblers, ids = [], [], array("q", prompt)
         for choice in range(params.n):
             spec = self._spec(params, derived_seed(seed, choice), eos_ids | stop_ids, choice)
-            requests.append(Request(next(self.ids), prompt[:], spec, total, eos_ids, stop_ids))
+            requests.append(Request(next(self.ids), ids, spec, total, eos_ids, stop_ids))
             assemblers.append(self._assembler(params, prompt, choice))
         outputs = [CompletionOutput(choice) for choice in range(params.n)]
         output = RequestOutput(requests[0].request_id, text, prompt, outputs)
@@ -183,6 +184,8 @@ class Intake:
             )
 
     def _check_ids(self, field: str, ids: Sequence[int]) -> None:
+        if set(map(type, ids)) <= {int} and ids and min(ids) >= 0 and max(ids) < self.vocab_size:
+            return  # quicker than one by one, which tells what is wrong
         for token in ids:
             if isinstance(token, bool) or not isinstance(token, int):
                 raise ValueError(f"{field} must hold token ids (integers), not {token!r}")

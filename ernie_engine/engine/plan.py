@@ -148,7 +148,7 @@ def decode_plan(data: bytes) -> StepPlan:
     """Raises ValueError on a frame that is no plan or is cut short."""
     frame = ColumnReader(b"plan", data)
     step_id, freed, preempted = frame.one(), frame.int_list(), frame.int_list()
-    new = [NewSlot(frame.one(), frame.int_list(), read_spec(frame)) for _ in range(frame.one())]
+    new = [NewSlot(frame.one(), frame.int_array(), read_spec(frame)) for _ in range(frame.one())]
     flat = frame.int_list()
     starts = list(zip(flat[::2], flat[1::2], strict=True))
     slots, num_tokens, num_new_blocks, new_block_ids = (frame.int_list() for _ in range(4))

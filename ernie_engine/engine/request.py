@@ -4,6 +4,7 @@ Owns SamplingParams, Request and the output types. Never schedules, never touche
 """
 
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -119,7 +120,7 @@ class Request:
     """
 
     request_id: int
-    token_ids: list[int]
+    token_ids: "array[int]"  # int64: long prompts are hashed and sent as the bytes they are
     spec: SamplingSpec
     max_total_tokens: int  # prompt and answer together
     eos_ids: frozenset[int] = frozenset()  # end the answer, no stop_reason
@@ -141,6 +142,7 @@ class Request:
     finished: bool = False
 
     def __post_init__(self):
+        self.token_ids = array("q", self.token_ids)
         self.num_prompt_tokens = len(self.token_ids)
 
     @property

@@ -200,7 +200,7 @@ class Scheduler:
         request.num_cached_tokens = num_cached
         self.counters.num_prompt_tokens += request.num_prompt_tokens
         self.counters.num_cached_tokens += num_cached
-        draft.new.append(NewSlot(request.slot, tuple(request.token_ids), request.spec))
+        draft.new.append(NewSlot(request.slot, request.token_ids[:], request.spec))
 
     def _add_row(
         self, draft: _Draft, request: Request, num_tokens: int, blocks: list[int], starts: bool

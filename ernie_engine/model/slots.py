@@ -4,6 +4,7 @@ Owns token history, lengths, block tables and sampling values; applies a plan's 
 the plan's order. Knows no queue: a slot is reused as soon as a plan says so.
 """
 
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -17,8 +18,12 @@ INTS = ("top_k", "seed", "min_tokens")
 
 
 def host_tensor(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A host list as a host tensor; if `device` is a GPU, one that it fetches by itself."""
-    host = torch.tensor(values, dtype=dtype)
+    """A host list, or an array of int64, as a host tensor; if `device` is a GPU, one that it
+    fetches by itself."""
+    if isinstance(values, array):
+        host = torch.frombuffer(values, dtype=torch.int64).to(dtype, copy=True)
+    else:
+        host = torch.tensor(values, dtype=dtype)
     return host.pin_memory() if device.type == "cuda" else host
 
 

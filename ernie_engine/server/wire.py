@@ -89,7 +89,7 @@ def encode_requests(requests: Sequence[Request]) -> bytes:
 
 def decode_requests(payload: bytes) -> list[Request]:
     data = ColumnReader(REQUESTS, payload)
-    prompt, total = data.int_list(), data.one()
+    prompt, total = data.int_array(), data.one()
     eos_ids, stop_ids = frozenset(data.int_list()), frozenset(data.int_list())
     requests = [
         Request(data.one(), prompt[:], read_spec(data), total, eos_ids, stop_ids)

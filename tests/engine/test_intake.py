@@ -100,7 +100,10 @@ def test_a_chat_answer_has_the_room_that_is_left(intake, asked, default, room):
     num_prompt = len(intake.encode_chat(MESSAGES))
     total = MAX_MODEL_LEN if room == 97 else num_prompt + room
     assert job.requests[0].max_total_tokens == total
-    assert job.requests[0].token_ids == intake.encode_chat(MESSAGES) and job.output.prompt is None
+    assert (
+        list(job.requests[0].token_ids) == intake.encode_chat(MESSAGES)
+        and job.output.prompt is None
+    )
 
 
 def test_min_tokens_is_held_against_the_checkpoints_length_too(intake):
@@ -174,7 +177,7 @@ def test_choices_share_nothing_but_the_prompt(intake):
     assert len({request.request_id for request in requests}) == 4
     assert one.output.request_id == one.requests[0].request_id
     one.requests[0].token_ids.append(1)
-    assert PROMPT == one.output.prompt_token_ids == one.requests[1].token_ids == [5, 6, 7]
+    assert PROMPT == one.output.prompt_token_ids == list(one.requests[1].token_ids) == [5, 6, 7]
     assert [choice.index for choice in one.output.outputs] == [0, 1, 2]
     assert [assembler.index for assembler in one.assemblers] == [0, 1, 2]
 

@@ -3,6 +3,8 @@
 import math
 import struct
 import time
+from array import array
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -26,6 +28,7 @@ from ernie_engine.engine.plan import (
 
 int64 = st.integers(-(1 << 63), (1 << 63) - 1)
 ids = st.lists(st.integers(0, 1 << 20), max_size=8)
+as_array = partial(array, "q")
 floats = st.floats(allow_nan=False)
 specs = st.builds(
     SamplingSpec,
@@ -40,7 +43,9 @@ plans = st.builds(
     step_id=int64,
     freed=ids,
     preempted=ids,
-    new=st.lists(st.builds(NewSlot, slot=int64, token_ids=ids, spec=specs), max_size=3),
+    new=st.lists(
+        st.builds(NewSlot, slot=int64, token_ids=ids.map(as_array), spec=specs), max_size=3
+    ),
     starts=st.lists(st.tuples(int64, int64), max_size=4),
     slots=ids,
     num_tokens=ids,

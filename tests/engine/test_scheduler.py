@@ -158,7 +158,7 @@ def test_every_request_ends_with_its_own_answer_and_nothing_leaks(case: Case):
     sim.finish(limit=20_000)
     sim.check_at_rest()
     for request in requests:
-        prompt = request.token_ids[: request.num_prompt_tokens]
+        prompt = request.token_ids[: request.num_prompt_tokens].tolist()
         tokens, reason = sim.answer(request.request_id)
         expected, expected_reason = expected_answer(request, prompt)
         if reason == "abort":
@@ -265,7 +265,7 @@ def test_blocks_are_never_taken_from_a_row_of_the_coming_step(seed):
     sim.finish(limit=20_000)
     sim.check_at_rest()
     for request in requests:
-        prompt = request.token_ids[: request.num_prompt_tokens]
+        prompt = request.token_ids[: request.num_prompt_tokens].tolist()
         assert sim.answer(request.request_id) == expected_answer(request, prompt)
 
 
