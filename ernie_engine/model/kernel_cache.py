@@ -45,6 +45,12 @@ _MAIN = "from ernie_engine.model.kernel_cache import main; main()"
 MOST_PROCESSES = 16
 KERNELS = "ernie_engine.kernels."
 META = torch.device("meta")
+# Fields of a config that no kernel depends on; a new field is taken to be none of them.
+WITHOUT_KERNELS = (
+    *("model", "device", "load_format", "log_kernels", "debug", "control_port"),
+    *("gpu_memory_utilization", "kv_cache_memory_bytes", "enable_prefix_caching"),
+    *("distributed_timeout_seconds", "peer_timeout_seconds"),
+)
 # What twins in torch give that cannot do without numbers: they launch no kernel of ours.
 EMPTY_TWINS: dict[str, Callable[..., Tensor]] = {
     "prefill_attention": lambda q, *_: torch.empty_like(q),
@@ -114,9 +120,11 @@ def settle_keys() -> None:
 
 def _digest(task: dict[str, Any]) -> str:
     """Of all that kernels depend on, and of what decides which there are."""
+    config = {k: v for k, v in task["config"].items() if k not in WITHOUT_KERNELS}
     folders = (_SOURCES / "ernie_engine" / name for name in ("kernels", "model"))
     sources = [path.read_text("utf-8") for f in folders for path in sorted(f.glob("*.py"))]
-    known = json.dumps([task, torch.__version__, TRITON_VERSION, sources], sort_keys=True)
+    what = [task | {"config": config}, torch.__version__, TRITON_VERSION, sources]
+    known = json.dumps(what, sort_keys=True)
     return hashlib.sha256(known.encode()).hexdigest()
 
 

@@ -3,14 +3,14 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 from triton import knobs
 
-from ernie_engine.engine_config import EngineConfig
+from ernie_engine.engine_config import EngineConfig, ResolvedConfig
 from ernie_engine.kernels.registry import IMPLEMENTATIONS
 from ernie_engine.model import kernel_cache
 from ernie_engine.model.compilations import compile_counter
@@ -148,12 +148,17 @@ def test_kernels_are_told_as_they_come_and_a_full_cache_is_left_alone(filling):
     for code, changes, expected in (
         (COUNTING, {}, 1 + 2 + 3),
         ("exit(3)", {}, 0),  # nobody is started
+        ("exit(3)", {"enable_prefix_caching": False, "device": "cuda:1"}, 0),
         (COUNTING, {"max_num_seqs": 7}, 6),
     ):
         beats = []
         with filling(code, **changes) as fill:
             fill.wait(lambda told=beats: told.append(1), shows_bar=False)
         assert len(beats) == expected
+
+
+def test_fields_without_kernels_are_fields():
+    assert {field.name for field in fields(ResolvedConfig)} > set(kernel_cache.WITHOUT_KERNELS)
 
 
 def test_a_process_that_fails_is_told_and_nothing_is_stamped(filling):
