@@ -79,9 +79,12 @@ def graph_shapes(config: ResolvedConfig) -> GraphShapes:
     for rows, context in MIXED_KINDS:
         kinds.setdefault(min(most_blocks, -(-context // block_size)), rows)
     most_padding = min(config.max_model_len, min(kinds) * block_size)
-    mixed = []
-    for size in _up_to(MIXED_SIZES, budget):
+    mixed, sizes = [], _up_to(MIXED_SIZES, budget)
+    for size in sizes:
         for num_blocks, rows_of_kind in kinds.items():
+            # Of long contexts half the sizes: attention is most of such a step.
+            if num_blocks > min(kinds) and size not in sizes[::-2]:
+                continue
             num_rows = min(size, most_rows, rows_of_kind)
             # A request's last token is never computed.
             if size <= num_rows * (most_padding - 1) + most_padding:  # else no step comes near it

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from triton import __version__ as TRITON_VERSION
 from triton import knobs
@@ -34,7 +34,7 @@ from ernie_engine.kernels.registry import IMPLEMENTATIONS, select
 from ernie_engine.model.ernie import DecoderLayer, Ernie
 from ernie_engine.model.graphs import graph_shapes
 from ernie_engine.model.kv_cache import KVCache, KVGeometry
-from ernie_engine.model.rehearsal import compiling_plans, largest_plan, rehearse
+from ernie_engine.model.rehearsal import compiling_plans, different_layers, largest_plan, rehearse
 from ernie_engine.model.runner import ModelRunner
 from ernie_engine.model.slots import Slots
 from ernie_engine.parallel.mesh import Mesh, Placement
@@ -209,7 +209,10 @@ def _runner_without_data(
     place = Placement(mesh, getattr(torch, config.dtype), META)
     ops = select(config.kernels, "cuda")
     model = Ernie(model_config, ops, place, config.max_model_len)
-    model.layers = _different_layers(model.layers)
+    model.layers = different_layers(model.layers)
+    for i, layer in enumerate(model.layers):
+        assert isinstance(layer, DecoderLayer)
+        layer.self_attn.index = i
     kv_heads = mesh.share_of_kv_heads(model_config.num_key_value_heads)
     sizes = len(model.layers), kv_heads, model_config.head_dim, config.block_size
     geometry = KVGeometry(*sizes, place.dtype)
@@ -217,14 +220,3 @@ def _runner_without_data(
     slots = Slots(config.max_num_seqs, config.max_model_len, config.block_size, META)
     depth = config.max_steps_in_flight
     return ModelRunner(model, ops, slots, kv, Pipe(place, model_config.hidden_size, depth), depth)
-
-
-def _different_layers(layers: nn.ModuleList) -> nn.ModuleList:
-    """One of each kind, and two in any case: the first has no residual yet."""
-    kept: list[DecoderLayer] = []
-    for layer in layers:
-        assert isinstance(layer, DecoderLayer)
-        if len(kept) < 2 or all(type(layer.mlp) is not type(other.mlp) for other in kept):
-            layer.self_attn.index = len(kept)
-            kept.append(layer)
-    return nn.ModuleList(kept)

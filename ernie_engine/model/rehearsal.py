@@ -6,11 +6,15 @@ sharers of a prefix do; so any number of them needs the blocks of one. Leaves al
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
 
 from ernie_engine.engine.plan import NewSlot, SamplingPart, SamplingSpec, StepPlan
 from ernie_engine.engine_config import ResolvedConfig
 from ernie_engine.kernels.decode_attention import MAX_GATHERED_TOKENS
 from ernie_engine.model.batch import StepShape
+from ernie_engine.model.ernie import DecoderLayer, Ernie
 from ernie_engine.model.runner import PROMPT_LOGITS_CHUNK, ModelRunner
 
 Row = tuple[int, int]  # tokens computed before, query tokens
@@ -57,6 +61,27 @@ def rehearse(runner: ModelRunner, plan: StepPlan) -> None:
     runner.sample(plan.sampling)
     runner.promises.drop(plan.slots)
     runner.state.apply(release_plan(plan))
+
+
+def different_layers(layers: nn.ModuleList) -> nn.ModuleList:
+    """Those that ask for every kernel: one of each kind, two in any case, since the first has no
+    residual yet."""
+    kept: list[DecoderLayer] = []
+    for layer in layers:
+        assert isinstance(layer, DecoderLayer)
+        if len(kept) < 2 or all(type(layer.mlp) is not type(other.mlp) for other in kept):
+            kept.append(layer)
+    return nn.ModuleList(kept)
+
+
+@contextmanager
+def few_layers(model: Ernie) -> Iterator[None]:
+    """A model of different_layers() for a while: what it says means nothing, but comes sooner."""
+    layers, model.layers = model.layers, different_layers(model.layers)
+    try:
+        yield
+    finally:
+        model.layers = layers
 
 
 def busy_spec(config: ResolvedConfig) -> SamplingSpec:

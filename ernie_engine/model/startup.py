@@ -36,7 +36,7 @@ from ernie_engine.model.kernel_cache import CacheFill
 from ernie_engine.model.kv_cache import KVCache, KVGeometry
 from ernie_engine.model.memory import GIB, kv_bytes, tell_blocks
 from ernie_engine.model.recording import GraphMaker, make_graphs
-from ernie_engine.model.rehearsal import compiling_plans, rehearse
+from ernie_engine.model.rehearsal import compiling_plans, few_layers, rehearse
 from ernie_engine.model.runner import ModelRunner
 from ernie_engine.model.slots import Slots
 from ernie_engine.model.weights import fill_dummy, load_weights
@@ -235,9 +235,10 @@ def _compile_kernels(
     """Ask for every kernel that requests can ask for, so that none of them waits for one."""
     started, counter = time.monotonic(), compile_counter()
     plans = list(compiling_plans(config, runner.kv.num_blocks))
-    for plan in tqdm(plans, desc="kernels", unit="step", disable=not shows_bar):
-        rehearse(runner, plan)
-        alive(State.COMPILING)
+    with few_layers(runner.model):
+        for plan in tqdm(plans, desc="kernels", unit="step", disable=not shows_bar):
+            rehearse(runner, plan)
+            alive(State.COMPILING)
     torch.cuda.synchronize()
     took = time.monotonic() - started
     logger.info("kernels: %d after %d steps in %.1f s", counter.count, len(plans), took)

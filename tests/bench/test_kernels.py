@@ -283,6 +283,13 @@ def test_other_tables_are_pinned_and_cases_without_a_bucket_left_out(tunable):
     assert switch == {(DEFAULT, 1): {"ON": 0}}
 
 
+def test_a_table_that_the_card_does_not_use_is_not_searched():
+    told, unused = [], TUNABLE["prefill_attention"][0]
+    assert unused.name == "prefill_hopper.SPLIT_TABLE"
+    assert tune(unused, [linear_case()], CPU, Clock(), told.append) == {}
+    assert told == ["prefill_hopper.SPLIT_TABLE is not used on this card"]
+
+
 @pytest.mark.parametrize("op", TUNABLE)
 def test_every_candidate_has_what_its_table_has(op):
     for tunable in TUNABLE[op]:

@@ -14,8 +14,8 @@ from ernie_engine.engine_config import EngineConfig, ResolvedConfig
 from ernie_engine.kernels.registry import IMPLEMENTATIONS
 from ernie_engine.model import kernel_cache
 from ernie_engine.model.compilations import compile_counter
-from ernie_engine.model.rehearsal import compiling_plans, sizes_up_to
-from ernie_engine.model.startup import describe
+from ernie_engine.model.rehearsal import compiling_plans, few_layers, sizes_up_to
+from ernie_engine.model.startup import describe, open_model
 from ernie_engine.parallel.mesh import Mesh
 from ernie_engine.testing.checkpoints import write_checkpoint
 from tests.tiny import SPEC
@@ -87,6 +87,17 @@ def test_a_kernels_key_does_not_depend_on_which_was_launched_first():
     )
     assert settled[0] == settled[1]
     assert early[0] != early[1], "Triton does not need settle_keys() any more"
+
+
+def test_kernels_are_asked_for_by_few_layers_and_all_of_them_serve(tiny):
+    model = open_model(describe(EngineConfig(model=str(tiny), device="cpu"))).model
+    layers = model.layers
+    kinds = [type(layer.mlp) for layer in layers]
+    with pytest.raises(ValueError, match="x"), few_layers(model):
+        few = [type(layer.mlp) for layer in model.layers]
+        assert set(few) == set(kinds) and 2 <= len(few) < len(kinds)
+        raise ValueError("x")
+    assert model.layers is layers
 
 
 def test_compiling_plans_reach_all_limits_and_stay_within(tiny):

@@ -55,12 +55,17 @@ def _nothing(bucket: int) -> list[tuple[Table, Params]]:
     return []
 
 
+def _everywhere(device: torch.device) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Tunable:
     """A launch table of an op.
 
     `bucket` gives what the table goes by in a case; None: that case says nothing about it.
     `pinned`, for a bucket, rows of other tables without which the table would not be asked.
+    `used_on` a device, or there is nothing to search.
     """
 
     name: str  # of the table: "linear.TABLE"
@@ -68,21 +73,22 @@ class Tunable:
     candidates: Sequence[Params]
     bucket: Callable[[KernelCase], int | None] = _size
     pinned: Callable[[int], list[tuple[Table, Params]]] = _nothing
+    used_on: Callable[[torch.device], bool] = _everywhere
 
 
 def _few(limit: int) -> Callable[[KernelCase], int | None]:
     return lambda case: case.size if case.size <= limit else None
 
 
-def _on_hopper() -> bool:
-    return torch.cuda.is_available() and is_hopper(torch.device("cuda"))
+def _not_hopper(device: torch.device) -> bool:
+    return not is_hopper(device)
 
 
-def _splits(module: Any, hopper: bool) -> Callable[[KernelCase], int | None]:
+def _splits(module: Any) -> Callable[[KernelCase], int | None]:
     """Programs before keys are split; of chunks behind a prefix, which is what splits are for."""
 
     def bucket(case: KernelCase) -> int | None:
-        if "past" not in case.label or hopper != _on_hopper():
+        if "past" not in case.label:
             return None
         arguments = case.make(torch.device("meta"))
         return module.num_programs(arguments[0], arguments[1], len(arguments[5]))
@@ -169,20 +175,25 @@ TUNABLE = {
     "add_rms_norm": [Tunable("rms_norm.TABLE", rms_norm.TABLE, rms_norm.CANDIDATES)],
     "rope_and_cache": [Tunable("rope.TABLE", rope.TABLE, rope.CANDIDATES)],
     "prefill_attention": [
-        *(
-            Tunable(
-                f"{module.__name__.rpartition('.')[2]}.SPLIT_TABLE",
-                module.SPLIT_TABLE,
-                module.SPLIT_CANDIDATES,
-                _splits(module, hopper),
-            )
-            for module, hopper in ((prefill_attention, False), (prefill_hopper, True))
+        Tunable(
+            "prefill_hopper.SPLIT_TABLE",
+            prefill_hopper.SPLIT_TABLE,
+            prefill_hopper.SPLIT_CANDIDATES,
+            _splits(prefill_hopper),
+            used_on=is_hopper,
+        ),
+        Tunable(
+            "prefill_attention.SPLIT_TABLE",
+            prefill_attention.SPLIT_TABLE,
+            prefill_attention.SPLIT_CANDIDATES,
+            _splits(prefill_attention),
+            used_on=_not_hopper,
         ),
         Tunable(
             "prefill_attention.TABLE",
             prefill_attention.TABLE,
             prefill_attention.CANDIDATES,
-            lambda case: None if _on_hopper() else case.size,
+            used_on=_not_hopper,
         ),
     ],
     "decode_attention": [
@@ -260,6 +271,9 @@ def tune(
 ) -> dict[int, tuple[Params, float]]:
     """Bucket -> the best candidate over the cases there, and the seconds of all of them with it."""
     best: dict[int, tuple[Params, float]] = {}
+    if not tunable.used_on(device):
+        tell(f"{tunable.name} is not used on this card")
+        return best
     for bucket, group in by_bucket(tunable, cases).items():
         times = [_times(tunable, bucket, case, device, timer, tell) for case in group]
         if (place := _best_of(times)) is not None:
