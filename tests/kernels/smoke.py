@@ -1,6 +1,7 @@
 """Every Triton kernel once or twice at small sizes: for compute-sanitizer.
 
-compute-sanitizer --tool memcheck python tests/kernels/smoke.py --bare     (and --tool racecheck)
+compute-sanitizer --tool memcheck python tests/kernels/smoke.py --bare     (and --tool racecheck,
+from 2026.4 on: docs/kernels.md)
 
 Compares with the twins; with --bare only the kernels run, since under compute-sanitizer the twins,
 of which nobody asks anything, would take minutes.
