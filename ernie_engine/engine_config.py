@@ -87,6 +87,10 @@ class EngineConfig:
             )
         if on_gpu and not cuda:
             raise ValueError(f"device={device!r}: torch sees no CUDA device here; use device='cpu'")
+        if on_gpu and self.block_size & (self.block_size - 1):
+            raise ValueError(
+                f"block_size={self.block_size}: on a GPU it must be a power of two, such as 16"
+            )
         longest = model.max_position_embeddings
         max_model_len = longest if self.max_model_len is None else self.max_model_len
         if not 2 <= max_model_len <= longest:

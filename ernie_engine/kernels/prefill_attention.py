@@ -8,8 +8,8 @@ are reused and those slots may hold anything.
 
 The kernel reads K and V where they lie, through the block table. torch ships nothing that does:
 its paged kernels want pages of 256 tokens, and its plain ones a copy of the cached prefix. A few
-tokens behind a long prefix make few tiles: then keys are split over programs as for decoding. An
-H100 or H200 runs prefill_hopper.py's kernel for all that this one takes.
+tokens behind a long prefix make few tiles: then keys are split over programs as for decoding. On
+an H100 or H200 nearly all of it is prefill_hopper.py's; the rest runs here with the default rows.
 """
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false

@@ -38,7 +38,8 @@ NEVER = gl.constexpr(1 << 30)  # a position that no query token has
 LAUNCH = {"num_warps": 4, "maxnreg": 168}
 COMPUTING, LOADING = gl.constexpr(232), gl.constexpr(40)
 
-# By programs before keys are split: with 132 multiprocessors, one program each at a time.
+# By programs before keys are split: with 132 multiprocessors, one program each at a time. MIN_KEYS
+# from prompts without a prefix, which are slower in parts.
 SPLIT_TABLE = {
     ("sm_90", 8): {"SPLITS": 16, "MIN_KEYS": 512},
     ("sm_90", 16): {"SPLITS": 8, "MIN_KEYS": 512},

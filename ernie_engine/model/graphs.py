@@ -20,11 +20,11 @@ from ernie_engine.model.slots import host_tensor
 
 DECODE_SIZES = (*range(1, 8), *range(8, 64, 8), *range(64, 128, 16), *range(128, 513, 32))
 MIXED_SIZES = (16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048)
-# The most rows of a recorded mixed step, and their longest context. There single tokens go to the
-# prefill kernel, whose grid is sized by rows that may be padding, so that of many rows keys are cut
-# into few parts or none: bearable behind some thousand keys, not behind a hundred thousand. Others
-# run eagerly; with many rows and long contexts, attention hides the host.
-MIXED_KINDS = ((64, 4096), (4, 1 << 30))
+# The most rows of a recorded mixed step, their longest context, and the most tokens. There single
+# tokens go to the prefill kernel, whose grid is sized by rows that may be padding, so that of many
+# rows or tokens keys are cut into few parts or none: bearable behind some thousand keys, not behind
+# a hundred thousand. Other steps run eagerly; their attention hides the host.
+MIXED_KINDS = ((64, 4096, 2048), (4, 1 << 30, 1024))
 # Ops whose twins in torch wait for the device to learn a size.
 _WAITING_TWINS = ("prefill_attention", "decode_attention", "moe_experts", "norm_moe")
 
@@ -64,7 +64,8 @@ class GraphShapes:
     @property
     def largest_first(self) -> list[StepShape]:
         """The largest of both kinds, then the others, small ones first. They share one pool of
-        memory, which those two make large enough for all."""
+        memory, which those two make large enough for nearly all: what keys in parts leave of a
+        smaller step may take some more, for which each graph has room set aside."""
         largest = [*self.mixed[-1:], *self.decode[-1:]]
         return [*largest, *self.decode[:-1], *self.mixed[:-1]]
 
@@ -75,15 +76,16 @@ def graph_shapes(config: ResolvedConfig) -> GraphShapes:
     # With stages a step has an even share of the requests: scheduler.py.
     most_rows = min(-(-config.max_num_seqs // config.pipeline_parallel_size), budget)
     most_blocks = -(-config.max_model_len // block_size)
-    kinds: dict[int, int] = {}  # blocks of a context -> rows
-    for rows, context in MIXED_KINDS:
-        kinds.setdefault(min(most_blocks, -(-context // block_size)), rows)
+    kinds: dict[int, tuple[int, int]] = {}  # blocks of a context -> rows, tokens
+    for rows, context, tokens in MIXED_KINDS:
+        kinds.setdefault(min(most_blocks, -(-context // block_size)), (rows, tokens))
     most_padding = min(config.max_model_len, min(kinds) * block_size)
     mixed, sizes = [], _up_to(MIXED_SIZES, budget)
     for size in sizes:
-        for num_blocks, rows_of_kind in kinds.items():
+        for num_blocks, (rows_of_kind, tokens_of_kind) in kinds.items():
             # Of long contexts half the sizes: attention is most of such a step.
-            if num_blocks > min(kinds) and size not in sizes[::-2]:
+            is_skipped = num_blocks > min(kinds) and size not in sizes[::-2]
+            if is_skipped or size > tokens_of_kind:
                 continue
             num_rows = min(size, most_rows, rows_of_kind)
             # A request's last token is never computed.

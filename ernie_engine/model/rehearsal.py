@@ -140,7 +140,8 @@ def compiling_plans(config: ResolvedConfig, num_blocks: int) -> Iterator[StepPla
         yield plan([(0, 1)] * size)
         yield plan([(0, 1)] * size, drawing)
     splits = [512 << i for i in range(6)]
-    prefixes = [keys for keys in splits[1:] if keys < longest]
+    # A table of blocks may end behind the longest context: up to the next of these.
+    prefixes = [keys for keys in splits[1:] if keys // 2 < longest]
     for size in sizes_up_to(min(budget, most_rows * longest)):
         yield plan(_rows_of(size, 0, longest))
         # Fewest programs, and so most parts of a context, have the first sizes of a bucket.

@@ -18,8 +18,8 @@ INTS = ("top_k", "seed", "min_tokens")
 
 
 def host_tensor(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A host list, or an array of int64, as a host tensor; if `device` is a GPU, one that it
-    fetches by itself."""
+    """A host list, or an array of int64 that is not empty and fits `dtype`, as a host tensor; if
+    `device` is a GPU, one that it fetches by itself."""
     if isinstance(values, array):
         host = torch.frombuffer(values, dtype=torch.int64).to(dtype, copy=True)
     else:

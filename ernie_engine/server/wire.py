@@ -92,7 +92,7 @@ def decode_requests(payload: bytes) -> list[Request]:
     prompt, total = data.int_array(), data.one()
     eos_ids, stop_ids = frozenset(data.int_list()), frozenset(data.int_list())
     requests = [
-        Request(data.one(), prompt[:], read_spec(data), total, eos_ids, stop_ids)
+        Request(data.one(), prompt, read_spec(data), total, eos_ids, stop_ids)
         for _ in range(data.one())
     ]
     data.end()

@@ -26,6 +26,14 @@ def intake(tiny) -> Intake:
     return replace(made, defaults=GenerationDefaults(), eos_ids=EOS)
 
 
+def test_kernels_of_a_gpu_want_blocks_of_a_power_of_two(tiny):
+    model_config = ModelConfig.from_folder(tiny)
+    config = EngineConfig(model=str(tiny), block_size=48)
+    assert config.resolve(model_config, cuda=False).block_size == 48
+    with pytest.raises(ValueError, match="block_size=48.*power of two"):
+        config.resolve(model_config, cuda=True)
+
+
 def spec_of(intake: Intake, **params) -> SamplingSpec:
     return intake.job(PROMPT, SamplingParams(**params)).requests[0].spec
 

@@ -67,6 +67,8 @@ def random_plan(rng: random.Random, config, num_blocks: int) -> StepPlan:
     counts.sort(key=lambda count: count > 1)
     contexts = rng.choice([64, 1000, longest])
     rows = [(rng.randint(0, min(contexts, longest - count)), count) for count in counts]
+    if rng.random() < 0.2:  # as long as a table can be
+        rows[-1] = longest - counts[-1], counts[-1]
     spec = SamplingSpec(
         temperature=rng.choice([0.0, 0.8]),
         top_p=rng.choice([1.0, 0.9]),

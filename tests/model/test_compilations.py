@@ -31,6 +31,9 @@ GEOMETRIES = {
         LONG, num_kv_heads=1, head_dim=32, hidden_size=40, vocab_size=701, moe_intermediate_size=24
     ),
     "dense, fp32": replace(LONG, num_experts=0, num_shared_experts=0, dtype="float32"),
+    "Hopper's attention, a short context": replace(
+        LONG, num_heads=5, num_kv_heads=1, head_dim=128, max_position_embeddings=8192
+    ),
 }
 
 

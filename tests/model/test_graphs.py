@@ -87,12 +87,13 @@ def test_few_rows_may_have_any_context_and_short_ones_come_first(tiny):
 def test_what_no_graph_holds_runs_eagerly(tiny):
     config = replace(resolved(tiny), max_num_seqs=600, max_num_batched_tokens=4000)
     shapes = graph_shapes(replace(config, max_model_len=9000))
-    assert shapes.fit(StepShape(512, 512, 512, 1, 563)) and shapes.mixed[-1].most_blocks == 563
+    assert shapes.fit(StepShape(512, 512, 512, 1, 563)) and shapes.mixed[-1].most_blocks == 256
     for step in (
         StepShape(513, 513, 513, 1, 3),
         StepShape(1, 2049, 0, 2049, 130),  # tokens
         StepShape(65, 100, 64, 36, 3),  # rows
         StepShape(5, 100, 4, 96, 257),  # rows behind so long a context
+        StepShape(2, 1025, 1, 1024, 257),  # tokens there
         StepShape(2, 100, 1, 99, 564),  # context
     ):
         assert shapes.fit(step) is None
