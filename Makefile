@@ -27,8 +27,12 @@ demo: $(VENV)/.installed
 		"Hello!" "What is 457 + 268?" "Name the country with the capital Xelan." \
 		"Tell me Norway's main product." "Bye!"
 
+# What waits for other processes, with time-outs, has the machine for itself.
+TIMED := tests/parallel tests/server
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" -n auto --maxprocesses 4 \
+		--dist worksteal $(TIMED:%=--ignore %)
+	$(BIN)/python -m pytest -m "not gpu and not slow" $(TIMED)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -30,7 +30,7 @@ def test_kernels_of_a_gpu_want_blocks_of_a_power_of_two(tiny):
     model_config = ModelConfig.from_folder(tiny)
     config = EngineConfig(model=str(tiny), block_size=48)
     assert config.resolve(model_config, cuda=False).block_size == 48
-    with pytest.raises(ValueError, match="block_size=48.*power of two"):
+    with pytest.raises(ValueError, match=r"block_size=48.*power of two"):
         config.resolve(model_config, cuda=True)
 
 
