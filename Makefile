@@ -29,9 +29,10 @@ demo: $(VENV)/.installed
 
 # What waits for other processes, with time-outs, has the machine for itself.
 TIMED := tests/parallel tests/server
+AT_ONCE := -n auto --maxprocesses 4 --dist worksteal $(TIMED:%=--ignore %)
+
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" -n auto --maxprocesses 4 \
-		--dist worksteal $(TIMED:%=--ignore %)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" $(AT_ONCE)
 	$(BIN)/python -m pytest -m "not gpu and not slow" $(TIMED)
 
 check: $(VENV)/.installed
@@ -42,7 +43,8 @@ check: $(VENV)/.installed
 
 # What takes longer than CI may: run it before an issue is resolved.
 test-all: $(VENV)/.installed
-	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -m "not gpu"
+	HYPOTHESIS_PROFILE=thorough OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" $(AT_ONCE)
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -m "not gpu" $(TIMED)
 
 # On a machine with a GPU; uses the environment it is called in.
 test-gpu:
