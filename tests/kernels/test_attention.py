@@ -301,7 +301,7 @@ def test_decode_at_all_lengths(dtype, heads, head_dim):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("splits", [1, 4, 16])
 @pytest.mark.parametrize("block_size", [16, 32, 128])
 @pytest.mark.parametrize("heads", [(20, 4), (8, 1), (16, 2), (4, 4), (3, 1)])
 def test_prefill_on_hopper(monkeypatch, heads, block_size, splits):
