@@ -408,12 +408,11 @@ def prefill_attention_hopper(
     (num_tokens, num_heads, _), num_rows = q.shape, len(context_lens)
     num_blocks, block_size, kv_heads = k_cache.shape[:3]
     group = num_heads // kv_heads
-    num_tiles = num_programs(q, k_cache, num_rows) // kv_heads
-    max_context = block_tables.shape[1] * block_size
-    splits = num_splits(SPLIT_TABLE, num_tiles * kv_heads, max_context, q.device)
+    programs, max_context = num_programs(q, k_cache, num_rows), block_tables.shape[1] * block_size
+    splits = num_splits(SPLIT_TABLE, programs, max_context, q.device)
     out = torch.empty_like(q)
     values, lse = split_buffers(out, splits)
-    _prefill_hopper_kernel[splits, kv_heads, num_tiles](
+    _prefill_hopper_kernel[splits, kv_heads, programs // kv_heads](
         *(q, _descriptor(k_cache), _descriptor(v_cache), block_tables, query_start, context_lens),
         *(values, lse, scale * LOG2_E, num_tokens, num_rows, block_tables.stride(0), num_blocks),
         GROUP=group,
