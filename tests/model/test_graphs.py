@@ -129,6 +129,9 @@ def test_a_made_up_step_of_each_shape_is_one_that_it_holds(tiny, max_len, max_nu
             assert set(counts) == {1}
         else:
             assert slots[-1] == 99 and counts[-1] <= shapes.most_padding
+            behind = [computed for computed, _ in rows if computed]  # one writer a position
+            longest_prompt = max(count for computed, count in rows if not computed)
+            assert sorted(behind) == [longest_prompt + i for i in range(len(behind))]
 
 
 # --- padding ---
