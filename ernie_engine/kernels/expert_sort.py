@@ -38,7 +38,7 @@ class Tiles(NamedTuple):
 
     order: Tensor  # [T k] int32; an entry is token * k + choice
     bounds: Tensor  # [3, as many as there may be] int32
-    used: Tensor  # [1] int32
+    used: Tensor  # [3] int32; behind it two zeros, for programs to count what they have taken
 
 
 @triton.jit
@@ -175,6 +175,8 @@ def _place_kernel(
             tl.store(bounds + 2 * num_tiles + tile, tl.minimum(left + BLOCK_M, last), mask=inside)
         if expert == NUM_EXPERTS - 1:
             tl.store(used, end_tile)
+            tl.store(used + 1, 0)
+            tl.store(used + 2, 0)
 
 
 def sort_by_expert(ids: Tensor, num_experts: int, first_expert: int, block_m: int) -> Tiles:
@@ -186,7 +188,7 @@ def sort_by_expert(ids: Tensor, num_experts: int, first_expert: int, block_m: in
     num_tiles = num_entries // block_m + num_experts
     order = torch.empty(num_entries, dtype=torch.int32, device=device)
     bounds = torch.empty(3, num_tiles, dtype=torch.int32, device=device)
-    used = torch.empty(1, dtype=torch.int32, device=device)
+    used = torch.empty(3, dtype=torch.int32, device=device)
     launch, experts = pick(SORT_TABLE, device, num_entries), triton.next_power_of_2(num_experts)
     num_blocks = triton.cdiv(num_entries, launch["BLOCK"])
     overlapping = overlap(device)

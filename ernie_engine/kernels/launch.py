@@ -8,8 +8,9 @@ and there is always a default one for cards that nobody has measured. Rows of sm
 
 on an NVIDIA H100 80GB HBM3 (driver 580.159.04, torch 2.11.0+cu130, triton 3.6.0); those of decode
 attention by timing all its candidates there for 1 to 256 rows of 128 to 131072 tokens, those of
-prefill_hopper.py likewise for 8 to 8192 tokens behind up to 123k, those of the experts without
-sorting and of linear at 2560 columns in a graph of 21B's layers on an H200.
+prefill_hopper.py likewise for 8 to 8192 tokens behind up to 123k, of moe_hopper.py for 128 to 4096
+tokens, those of the experts without sorting and of linear at 2560 columns in a graph of 21B's
+layers on an H200.
 """
 
 from collections.abc import Mapping
@@ -38,6 +39,14 @@ def architecture(device: torch.device) -> str:
 def is_hopper(device: torch.device) -> bool:
     """Has what Gluon kernels name by hand: the copy engine, products of a group of warps."""
     return architecture(device) == "sm_90"
+
+
+@cache
+def num_multiprocessors(device: torch.device) -> int:
+    """How many programs that fill one run at the same time; an H100's where there is no device."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def pick(table: Table, device: torch.device, size: int) -> Mapping[str, int]:

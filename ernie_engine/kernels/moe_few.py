@@ -261,7 +261,9 @@ def add_up_few(
     num_tokens, hidden_size = out.shape
     top_k, (num_experts, _, width) = ids.shape[1], down.shape
     table = DOWN_TABLE_FP32 if out.dtype == torch.float32 else DOWN_TABLE
-    launch = pick(table, out.device, num_tokens)
+    launch = dict(pick(table, out.device, num_tokens))
+    # Rows were found for wide experts; of narrow ones most lanes would have no column.
+    launch["BLOCK_K"] = min(launch["BLOCK_K"], triton.next_power_of_2(width))
     grid = triton.cdiv(hidden_size, launch["BLOCK"]), num_tokens
     _down_kernel[grid](
         *(hidden, down, shared_down, weights, ids, ids if choices is None else choices),

@@ -1,7 +1,7 @@
 """The kernels of moe_grouped.py: tiles of sorted tokens times rows of weights, and the sum.
 
-Owns what one program computes. Never chooses a size: moe_grouped.py launches them, says what they
-are for and which way round a product stands.
+Owns what one program computes. Never chooses a size: moe_grouped.py launches them and says what
+they are for.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -13,8 +13,6 @@ import triton.language as tl
 from ernie_engine.kernels.launch import wait_for_inputs
 from ernie_engine.kernels.moe_few import silu_product
 from ernie_engine.kernels.products import PAST_L1, add_product, empty_sum, load_columns
-
-HALVED = tl.constexpr(64)  # a larger tile that is not half full is computed as half a tile
 
 
 @triton.jit
@@ -42,77 +40,6 @@ def _tile_bounds(bounds, used, num_tiles, num_tokens, PARTS: tl.constexpr, BLOCK
     return routed, expert.to(tl.int64), first, last
 
 
-@triton.jit
-def _across(a, b, TMA: tl.constexpr):
-    """a [M] of tokens and b [N] of weights' rows, such that a tile of a product holds both: the
-    left operand's come first, tokens with TMA, else weights."""
-    across = a[None, :], b[:, None]
-    if TMA:
-        across = a[:, None], b[None, :]
-    return across
-
-
-@triton.jit
-def _gate_up_tile(
-    x,
-    gate_up,
-    shared,
-    order,
-    hidden,
-    num_tokens,
-    routed,
-    expert,
-    first,
-    last,
-    TOP_K: tl.constexpr,
-    SHARED: tl.constexpr,
-    H: tl.constexpr,
-    I: tl.constexpr,
-    M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """Places first .. last - 1, at most M, times BLOCK_N rows of gate and of up each."""
-    place = first + tl.arange(0, M)
-    token = tl.load(order + place, mask=routed & (place < last), other=0) // TOP_K
-    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    at, to_row = _across(place.to(tl.int64), row, TMA)
-    places = hidden + at * I + to_row
-    if TMA:
-        tl.static_assert(SHARED == 0)
-        both = empty_sum(M, 2 * BLOCK_N, x.dtype.element_ty)
-        x_rows = x + token * H
-        for start in tl.range(0, H, BLOCK_K):
-            x_tile = load_columns(x_rows, place < last, start, H, BLOCK_K)
-            box = gate_up.load([2 * expert.to(tl.int32), tl.program_id(0) * BLOCK_N, start])
-            both = add_product(x_tile, box.reshape(2 * BLOCK_N, BLOCK_K).T, both)
-        gate, up = tl.split(both.reshape(M, 2, BLOCK_N).permute(0, 2, 1))
-    else:
-        gate_rows = gate_up + (expert * (2 * I) + row) * H
-        up_rows = gate_rows + I * H
-        if SHARED > 0:
-            token = tl.where(routed, token, place)
-            shared_rows = shared + (expert * I + row) * H
-            gate_rows = tl.where(routed, gate_rows, shared_rows)
-            up_rows = tl.where(routed, up_rows, shared_rows + SHARED * I * H)
-            behind = hidden + num_tokens.to(tl.int64) * (TOP_K * I) + expert * I
-            places = tl.where(routed, places, behind + at * (SHARED * I) + to_row)
-        x_rows = x + token * H
-        gate = empty_sum(BLOCK_N, M, x.dtype.element_ty)
-        up = empty_sum(BLOCK_N, M, x.dtype.element_ty)
-        for start in tl.range(0, H, BLOCK_K):
-            # Shared experts' may come before the wait: see wait_for_inputs().
-            x_tile = tl.trans(load_columns(x_rows, place < last, start, H, BLOCK_K, PAST_L1))
-            gate_tile = load_columns(gate_rows, row < I, start, H, BLOCK_K)
-            up_tile = load_columns(up_rows, row < I, start, H, BLOCK_K)
-            gate = add_product(gate_tile, x_tile, gate)
-            up = add_product(up_tile, x_tile, up)
-    y = silu_product(gate, up, hidden.dtype.element_ty)
-    inside_place, inside_row = _across(place < last, row < I, TMA)
-    tl.store(places, y, mask=inside_place & inside_row)
-
-
 @triton.jit(do_not_specialize=["num_tiles", "num_tokens"])
 def gate_up_kernel(
     x,
@@ -131,12 +58,11 @@ def gate_up_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """x [T, H], gate_up [E, 2 I, H], shared [2 SHARED I, H] -> hidden: [T k, I] in sorted order,
-    then [T, SHARED I]. A tile, BLOCK_N rows; the shared experts are done in SHARED parts. With TMA
-    gate_up is a descriptor of [2 E, I, H].
+    then [T, SHARED I]. A tile, BLOCK_N rows of gate and of up each; the shared experts are done in
+    SHARED parts.
 
     The shared experts' tiles do not wait: the launch before only sorted, and x is of one before it.
     """
@@ -145,76 +71,32 @@ def gate_up_kernel(
     routed, expert, first, last = _tile_bounds(bounds, used, num_tiles, num_tokens, SHARED, BLOCK_M)
     if first >= last:
         return
-    if BLOCK_M > HALVED and last - first <= BLOCK_M // 2:
-        _gate_up_tile(
-            *(x, gate_up, shared, order, hidden, num_tokens, routed, expert, first, last),
-            *(TOP_K, SHARED, H, I, BLOCK_M // 2, BLOCK_N, BLOCK_K, TMA),
-        )
-    else:
-        _gate_up_tile(
-            *(x, gate_up, shared, order, hidden, num_tokens, routed, expert, first, last),
-            *(TOP_K, SHARED, H, I, BLOCK_M, BLOCK_N, BLOCK_K, TMA),
-        )
-
-
-@triton.jit
-def _down_tile(
-    hidden,
-    down,
-    shared,
-    weights,
-    order,
-    products,
-    num_tokens,
-    routed,
-    expert,
-    first,
-    last,
-    TOP_K: tl.constexpr,
-    SHARED: tl.constexpr,
-    H: tl.constexpr,
-    I: tl.constexpr,
-    M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """Places first .. last - 1, at most M, times BLOCK_N rows of down and the tokens' weights."""
-    place = first + tl.arange(0, M)
+    place = first + tl.arange(0, BLOCK_M)
+    token = tl.load(order + place, mask=routed & (place < last), other=0) // TOP_K
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if TMA:
-        tl.static_assert(SHARED == 0)
-        acc = empty_sum(M, BLOCK_N, products.dtype.element_ty)
-        for start in tl.range(0, I, BLOCK_K):
-            hidden_tile = hidden.load([first, start])
-            box = down.load([expert.to(tl.int32), tl.program_id(0) * BLOCK_N, start])
-            acc = add_product(hidden_tile, box.reshape(BLOCK_N, BLOCK_K).T, acc)
-    else:
-        hidden_rows = hidden + place.to(tl.int64) * I
-        down_rows = down + (expert * H + row) * I
-        inner = I
-        if SHARED > 0:
-            tl.static_assert(I % BLOCK_K == 0, "or columns of the longer sum would be left out")
-            behind = hidden + num_tokens.to(tl.int64) * (TOP_K * I)
-            hidden_rows = tl.where(routed, hidden_rows, behind + place.to(tl.int64) * (SHARED * I))
-            down_rows = tl.where(routed, down_rows, shared + row.to(tl.int64) * (SHARED * I))
-            inner = tl.where(routed, I, SHARED * I)
-        acc = empty_sum(BLOCK_N, M, hidden.dtype.element_ty)
-        for start in tl.range(0, inner, BLOCK_K):
-            hidden_tile = tl.trans(load_columns(hidden_rows, place < last, start, I, BLOCK_K))
-            down_tile = load_columns(down_rows, row < H, start, I, BLOCK_K)
-            acc = add_product(down_tile, hidden_tile, acc)
-    mine = routed & (place < last)
-    entry = tl.load(order + place, mask=mine, other=0)
-    weight = tl.load(weights + entry, mask=mine, other=1.0).to(tl.float32)
+    places = hidden + place.to(tl.int64)[None, :] * I + row[:, None]
+    gate_rows = gate_up + (expert * (2 * I) + row) * H
+    up_rows = gate_rows + I * H
     if SHARED > 0:
-        entry = tl.where(routed, entry, num_tokens * TOP_K + place)
-    at, to_row = _across(entry.to(tl.int64), row, TMA)
-    weight, _ = _across(weight, row, TMA)
-    y = acc.to(products.dtype.element_ty).to(tl.float32) * weight
-    inside_place, inside_row = _across(place < last, row < H, TMA)
-    places = products + at * H + to_row
-    tl.store(places, y.to(products.dtype.element_ty), mask=inside_place & inside_row)
+        token = tl.where(routed, token, place)
+        shared_rows = shared + (expert * I + row) * H
+        gate_rows = tl.where(routed, gate_rows, shared_rows)
+        up_rows = tl.where(routed, up_rows, shared_rows + SHARED * I * H)
+        behind = hidden + num_tokens.to(tl.int64) * (TOP_K * I) + expert * I
+        shared_places = behind + place.to(tl.int64)[None, :] * (SHARED * I) + row[:, None]
+        places = tl.where(routed, places, shared_places)
+    x_rows = x + token * H
+    gate = empty_sum(BLOCK_N, BLOCK_M, x.dtype.element_ty)
+    up = empty_sum(BLOCK_N, BLOCK_M, x.dtype.element_ty)
+    for start in tl.range(0, H, BLOCK_K):
+        # Shared experts' may come before the wait: see wait_for_inputs().
+        x_tile = tl.trans(load_columns(x_rows, place < last, start, H, BLOCK_K, PAST_L1))
+        gate_tile = load_columns(gate_rows, row < I, start, H, BLOCK_K)
+        up_tile = load_columns(up_rows, row < I, start, H, BLOCK_K)
+        gate = add_product(gate_tile, x_tile, gate)
+        up = add_product(up_tile, x_tile, up)
+    y = silu_product(gate, up, hidden.dtype.element_ty)
+    tl.store(places, y, mask=(place < last)[None, :] & (row < I)[:, None])
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_tokens"])
@@ -236,21 +118,41 @@ def down_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """hidden as gate_up_kernel leaves it, down [E, H, I], shared [H, SHARED I], weights [T k] ->
-    products: [T k, H], not sorted, then [T, H] of the shared experts. With TMA hidden and down are
-    descriptors; what a box holds of other experts' places is not stored."""
+    products: [T k, H], not sorted, then [T, H] of the shared experts. A tile, BLOCK_N rows, times
+    the tokens' weights."""
     wait_for_inputs(PDL)
     PARTS: tl.constexpr = min(SHARED, 1)  # here the shared experts are one, with a longer sum
     routed, expert, first, last = _tile_bounds(bounds, used, num_tiles, num_tokens, PARTS, BLOCK_M)
-    if first < last:
-        _down_tile(
-            *(hidden, down, shared, weights, order, products, num_tokens),
-            *(routed, expert, first, last),
-            *(TOP_K, SHARED, H, I, BLOCK_M, BLOCK_N, BLOCK_K, TMA),
-        )
+    if first >= last:
+        return
+    place = first + tl.arange(0, BLOCK_M)
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    hidden_rows = hidden + place.to(tl.int64) * I
+    down_rows = down + (expert * H + row) * I
+    inner = I
+    if SHARED > 0:
+        tl.static_assert(I % BLOCK_K == 0, "or columns of the longer sum would be left out")
+        behind = hidden + num_tokens.to(tl.int64) * (TOP_K * I)
+        hidden_rows = tl.where(routed, hidden_rows, behind + place.to(tl.int64) * (SHARED * I))
+        down_rows = tl.where(routed, down_rows, shared + row.to(tl.int64) * (SHARED * I))
+        inner = tl.where(routed, I, SHARED * I)
+    acc = empty_sum(BLOCK_N, BLOCK_M, hidden.dtype.element_ty)
+    for start in tl.range(0, inner, BLOCK_K):
+        hidden_tile = tl.trans(load_columns(hidden_rows, place < last, start, I, BLOCK_K))
+        down_tile = load_columns(down_rows, row < H, start, I, BLOCK_K)
+        acc = add_product(down_tile, hidden_tile, acc)
+    mine = routed & (place < last)
+    entry = tl.load(order + place, mask=mine, other=0)
+    weight = tl.load(weights + entry, mask=mine, other=1.0).to(tl.float32)
+    if SHARED > 0:
+        entry = tl.where(routed, entry, num_tokens * TOP_K + place)
+    y = acc.to(products.dtype.element_ty).to(tl.float32) * weight[None, :]
+    places = products + entry.to(tl.int64)[None, :] * H + row[:, None]
+    inside = (place < last)[None, :] & (row < H)[:, None]
+    tl.store(places, y.to(products.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["first_expert"])

@@ -141,7 +141,7 @@ def test_near_wants_every_block_right():
     assert near((), twin, lambda: [exact], twin) is None
     for columns in (slice(64, 128), slice(4080, 4096)):
         ours = twin[0].clone()
-        ours[2, columns] *= 1.01
+        ours[2, columns] *= 1.03
         assert near((), [ours], lambda: [exact], twin)
     ours = twin[0].clone()
     ours[3] = torch.nan

@@ -9,10 +9,12 @@ of which nobody asks anything, would take minutes.
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from ernie_engine.bench.kernels.case import KernelCase
+from ernie_engine.bench.kernels.experts import moe_experts_cases
 from ernie_engine.bench.kernels.measure import find_problem, make_arguments
 from ernie_engine.bench.kernels.shapes import SHAPES
 from ernie_engine.bench.kernels.table import CASES, ops_with
@@ -22,9 +24,13 @@ from ernie_engine.kernels.registry import IMPLEMENTATIONS
 # kernels of our own take: what cuBLAS does is not looked at here.
 SIZES = [("0.3B", 1), ("0.3B", 5), ("21B tp4", 1), ("21B tp4", 17), ("21B tp4", 64)]
 MAX_BYTES = 1 << 28
+# On Hopper many tokens' experts are a kernel of their own; here its programs have several units.
+FEW_EXPERTS = replace(SHAPES["21B tp4"], hidden=512, num_experts=8, local_experts=8)
+MANY_TOKENS = 1500
 
 
 def small_cases() -> Iterator[KernelCase]:
+    yield from moe_experts_cases(FEW_EXPERTS, MANY_TOKENS, torch.bfloat16)
     for op in ops_with("triton", "cuda"):
         for shape, num_tokens in SIZES:
             for case in CASES[op](SHAPES[shape], num_tokens, torch.bfloat16):

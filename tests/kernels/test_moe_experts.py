@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ernie_engine.kernels import expert_sort, moe, moe_grouped
+from ernie_engine.kernels import expert_sort, moe, moe_grouped, moe_hopper
 from ernie_engine.kernels.expert_sort import sort_by_expert
 from ernie_engine.kernels.launch import DEFAULT
 from ernie_engine.kernels.moe import moe_experts_torch
@@ -184,31 +184,61 @@ def test_grouped_at_each_tile(monkeypatch, block_m):
     check(moe_experts_grouped, make_there(torch.float16, 90, 3, 40, 70, 2))
 
 
-def with_copy_engine(monkeypatch, block_m):
-    """All grouped products in tiles of block_m entries, whose boxes the copy engine brings."""
-    row = {"BLOCK_N": 32, "BLOCK_K": 64, "TMA": 1, "num_warps": 4, "num_stages": 2}
-    monkeypatch.setattr(moe_grouped, "TILE_TABLE", {(DEFAULT, 1): {"BLOCK_M": block_m}})
-    monkeypatch.setattr(moe_grouped, "GATE_UP_TABLE", {(DEFAULT, 1): row})
-    monkeypatch.setattr(moe_grouped, "DOWN_TABLE", {(DEFAULT, 1): row})
-    return row
+# (tokens, experts, hidden, width, choices, shared width)
+ON_HOPPER = [
+    (1, 4, 64, 8, 2, 0),
+    (300, 3, 128, 72, 2, 0),  # widths that fill no box
+    (300, 3, 64, 200, 3, 400),
+    (129, 2, 320, 448, 2, 8),
+    (700, 64, 256, 128, 6, 256),  # most tiles hold few entries
+    (2000, 5, 192, 320, 2, 640),
+]
 
 
-@pytest.mark.parametrize("block_m", [64, 128])  # 128: tiles that are not half full, too
-@pytest.mark.parametrize(("hidden", "width"), [(40, 72), (128, 64), (8, 200)])
-def test_grouped_with_the_copy_engine(monkeypatch, hidden, width, block_m):
-    row = with_copy_engine(monkeypatch, block_m)
-    case = make_there(torch.float16, 150, 3, hidden, width, 2)
-    assert moe_grouped._launch({(DEFAULT, 1): row}, case[0], block_m, 0, width)["TMA"] == 1
+@pytest.mark.gpu
+@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.parametrize("programs", [None, 3])  # as many as fit; few, with many units each
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", ON_HOPPER)
+def test_on_hopper(monkeypatch, sizes, dtype, programs, at_once):
+    _, _, hidden, _, top_k, shared_width = sizes
+    case = make_there(dtype, *sizes[:-1])
+    if not moe_hopper.takes(case[0], case[2], None):
+        pytest.skip("not on this card")
+    monkeypatch.setattr(moe_grouped, "HOPPER", {("sm_90", 1): {"HOPPER": 1}})
+    monkeypatch.setattr(moe_hopper, "TABLE", {("sm_90", 1): {"AT_ONCE": at_once}})
+    if programs:
+        monkeypatch.setattr(moe_hopper, "num_multiprocessors", lambda device: programs)
     check(moe_experts_grouped, case)
     check(moe_experts_grouped, case, first_expert=1)
-
-
-@pytest.mark.parametrize(("hidden", "width"), [(36, 72), (40, 20)])
-def test_rows_that_the_copy_engine_does_not_take(monkeypatch, hidden, width):
-    row = with_copy_engine(monkeypatch, 64)
-    case = make_there(torch.float16, 40, 3, hidden, width, 2)
-    assert moe_grouped._launch({(DEFAULT, 1): row}, case[0], 64, 0, width)["TMA"] == 0
+    case[-1][:] = torch.arange(top_k)  # experts without a token, and many with as many as can be
     check(moe_experts_grouped, case)
+    if shared_width:
+        shared = make_there(dtype, 1, 1, hidden, shared_width, 1)[1:3]
+        shared = shared[0][0], shared[1][0]
+        exact = naive(*case) + naive_mlp(case[0], *shared)
+        twin = moe_experts_torch(*case, 0, *shared)
+        y = moe_experts_grouped(*case, 0, *shared)
+        assert_as_near_as_twin(y, twin, exact.to(y.device))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hidden", "width", "shared_width", "taken"),
+    [
+        (torch.bfloat16, 2560, 1536, 3072, True),
+        (torch.float16, 64, 8, None, True),
+        (torch.float32, 2560, 1536, 3072, False),
+        (torch.bfloat16, 96, 64, None, False),  # rows of tokens come in whole steps
+        (torch.bfloat16, 64, 20, None, False),  # the copy engine takes rows of whole 16 bytes
+        (torch.bfloat16, 64, 64, 20, False),
+    ],
+)
+def test_what_is_done_on_hopper(monkeypatch, dtype, hidden, width, shared_width, taken):
+    x, down = torch.empty(3, hidden, dtype=dtype), torch.empty(2, hidden, width, dtype=dtype)
+    shared = None if shared_width is None else torch.empty(hidden, shared_width, dtype=dtype)
+    assert not moe_hopper.takes(x, down, shared)  # not on this card
+    monkeypatch.setattr(moe_hopper, "is_hopper", lambda device: True)
+    assert moe_hopper.takes(x, down, shared) == taken
 
 
 @BOTH
@@ -243,7 +273,7 @@ UNWRITTEN = torch.iinfo(torch.int32).max  # poisoned_memory
 def check_sort(ids, num_experts, first_expert, block_m):
     """Every local entry in exactly one tile, in a tile of its own expert, in order."""
     there = ids.to(where_kernels_run())
-    order, bounds, used = sort_by_expert(there, num_experts, first_expert, block_m)
+    order, bounds, (used, *taken) = sort_by_expert(there, num_experts, first_expert, block_m)
     local = ids.flatten() - first_expert
     key = local.where((local >= 0) & (local < num_experts), num_experts)
     num_local = int((key < num_experts).sum())
@@ -251,6 +281,7 @@ def check_sort(ids, num_experts, first_expert, block_m):
     assert torch.equal(order[:num_local].cpu().long(), expected)
     assert (order[num_local:] == UNWRITTEN).all()  # other ranks' entries are placed nowhere
     covered = []
+    assert taken == [0, 0]
     assert (bounds[:, used:] == UNWRITTEN).all()
     for expert, first, last in bounds[:, :used].cpu().T.tolist():
         assert 0 <= expert < num_experts and 0 < last - first <= block_m

@@ -26,6 +26,7 @@ from ernie_engine.kernels import (
     moe,
     moe_few,
     moe_grouped,
+    moe_hopper,
     norm_moe,
     norm_qkv_rope,
     norm_router,
@@ -97,7 +98,7 @@ def _splits(module: Any) -> Callable[[KernelCase], int | None]:
 
 
 # Tokens with which a tile size of the grouped products is at its best, under even routing.
-TILE_OF = {64: 16, 256: 32, 1024: 64, 4096: 128}
+TILE_OF = {64: 16, 256: 32, 1024: 64}
 
 
 def _tile_of(case: KernelCase) -> int | None:
@@ -108,8 +109,17 @@ def _grouped(*more: tuple[Table, Params]) -> list[tuple[Table, Params]]:
     return [(moe.FEW, {"FEW": 0}), *more]
 
 
+def _in_triton(*more: tuple[Table, Params]) -> list[tuple[Table, Params]]:
+    return _grouped((moe_grouped.HOPPER, {"HOPPER": 0}), *more)
+
+
 def _with_tile(block_m: int) -> list[tuple[Table, Params]]:
-    return _grouped((moe_grouped.TILE_TABLE, {"BLOCK_M": block_m}))
+    return _in_triton((moe_grouped.TILE_TABLE, {"BLOCK_M": block_m}))
+
+
+def _entries_of_an_expert(case: KernelCase) -> int:
+    _, gate_up, _, weights, *_ = case.make(torch.device("meta"))
+    return weights.numel() // len(gate_up)
 
 
 def _ungrouped(_: int) -> list[tuple[Table, Params]]:
@@ -220,13 +230,28 @@ TUNABLE = {
             "moe_grouped.TILE_TABLE",
             moe_grouped.TILE_TABLE,
             moe_grouped.TILE_CANDIDATES,
-            pinned=lambda _: _grouped(),
+            pinned=lambda _: _in_triton(),
         ),
         Tunable(
             "moe_grouped.SHARED_TABLE",
             moe_grouped.SHARED_TABLE,
             moe_grouped.SHARED_CANDIDATES,
+            pinned=lambda _: _in_triton(),
+        ),
+        Tunable(
+            "moe_hopper.TABLE",
+            moe_hopper.TABLE,
+            moe_hopper.CANDIDATES,
+            _entries_of_an_expert,
+            lambda _: _grouped((moe_grouped.HOPPER, {"HOPPER": 1})),
+            used_on=is_hopper,
+        ),
+        Tunable(
+            "moe_grouped.HOPPER",
+            moe_grouped.HOPPER,
+            moe_grouped.HOPPER_CANDIDATES,
             pinned=lambda _: _grouped(),
+            used_on=is_hopper,
         ),
         Tunable("moe.FEW", moe.FEW, moe.FEW_CANDIDATES, _few(16)),
     ],
