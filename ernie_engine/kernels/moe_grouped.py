@@ -5,13 +5,8 @@
     down      a tile x rows of down -> times the token's weight, back in the entries' order
     sum       the k results of each token, in the order of its choices, and the shared experts'
 
-The shared experts are so many more tiles of the two products, or products of their own: a table
-says. The tile list is made on the device, and nothing is counted on the host: grids are upper
-bounds fixed by shapes, surplus programs end at once.
-
-Weights are the left operand: their rows fill the tensor cores' tile however few tokens an expert
-has. On Hopper moe_hopper.py has both products for all but few tokens. Never synchronises with the
-host, and no sum depends on a race.
+Both products are moe_tiles.py's, or on Hopper moe_hopper.py's for all but few tokens. The list of
+tiles is made on the device. Never synchronises with the host, and no sum depends on a race.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportReturnType=false
@@ -26,6 +21,7 @@ from ernie_engine.kernels.expert_sort import sort_by_expert
 from ernie_engine.kernels.launch import DEFAULT, overlap, pick
 from ernie_engine.kernels.linear import linear_triton
 from ernie_engine.kernels.moe_tiles import down_kernel, gate_up_kernel, sum_kernel
+from ernie_engine.kernels.moe_units import BLOCK_M
 from ernie_engine.kernels.swiglu import swiglu_triton
 
 # By tokens: 1 = the products of moe_hopper.py, where it takes them.
@@ -35,7 +31,8 @@ HOPPER = {
     ("sm_90", 129): {"HOPPER": 1},
 }
 HOPPER_CANDIDATES = [{"HOPPER": 0}, {"HOPPER": 1}]
-# By tokens. BLOCK_M: entries of a tile, of one size for both products.
+# By tokens. BLOCK_M: entries of a tile, of one size for both products. On sm_90 larger ones are
+# only needed for what moe_hopper.py does not take.
 TILE_TABLE = {
     (DEFAULT, 64): {"BLOCK_M": 16},
     (DEFAULT, 256): {"BLOCK_M": 32},
@@ -128,7 +125,7 @@ def _compute(
     if shared_gate_up is not None and shared_down is not None and not (hopper or parts):
         shared = linear_triton(swiglu_triton(linear_triton(x, shared_gate_up)), shared_down)
     if hopper:
-        tiles = sort_by_expert(ids, num_experts, first_expert, moe_hopper.BLOCK_M.value)
+        tiles = sort_by_expert(ids, num_experts, first_expert, BLOCK_M.value)
         mlps = gate_up, down, shared_gate_up, shared_down
         products = moe_hopper.products_hopper(x, *mlps, weights, tiles)
     else:

@@ -1,7 +1,9 @@
 """The kernels of moe_grouped.py: tiles of sorted tokens times rows of weights, and the sum.
 
-Owns what one program computes. Never chooses a size: moe_grouped.py launches them and says what
-they are for.
+Owns what one program computes. Grids are upper bounds fixed by shapes, surplus programs end at
+once. Weights are the left operand: their rows fill the tensor cores' tile however few tokens an
+expert has; shared experts are so many more tiles. Never chooses a size: moe_grouped.py launches
+them.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false

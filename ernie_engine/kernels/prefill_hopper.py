@@ -22,12 +22,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ernie_engine.kernels.hopper import barrier, boxes_of
 from ernie_engine.kernels.launch import is_hopper
 from ernie_engine.kernels.paged_attention import LOG2_E, merge_splits, num_splits, split_buffers
 
-barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # Triton 3.6 has the former, 3.7 this
 HEAD_DIM = gl.constexpr(128)
 PAIRS = gl.constexpr(64)  # of a group of warps
 KEYS = gl.constexpr(128)  # of a tile
@@ -380,14 +379,6 @@ def _prefill_hopper_kernel(
     # fmt: on
 
 
-def _descriptor(cache: Tensor) -> TensorDescriptor:
-    """cache [blocks, block_size, Hkv, D] for the copy engine: [blocks, block_size, Hkv D]."""
-    view = cache.flatten(2)
-    box = [1, cache.shape[1], BOX.value]
-    layout = gl.NVMMASharedLayout(128, 16, rank=3)
-    return TensorDescriptor(view, list(view.shape), list(view.stride()), box, layout)
-
-
 def num_programs(q: Tensor, k_cache: Tensor, num_rows: int) -> int:
     """Before keys are split: what SPLIT_TABLE goes by."""
     kv_heads = k_cache.shape[2]
@@ -412,8 +403,10 @@ def prefill_attention_hopper(
     splits = num_splits(SPLIT_TABLE, programs, max_context, q.device)
     out = torch.empty_like(q)
     values, lse = split_buffers(out, splits)
+    box = 1, block_size, BOX.value  # of [blocks, block_size, Hkv D]
+    keys, vals = boxes_of(k_cache.flatten(2), *box), boxes_of(v_cache.flatten(2), *box)
     _prefill_hopper_kernel[splits, kv_heads, programs // kv_heads](
-        *(q, _descriptor(k_cache), _descriptor(v_cache), block_tables, query_start, context_lens),
+        *(q, keys, vals, block_tables, query_start, context_lens),
         *(values, lse, scale * LOG2_E, num_tokens, num_rows, block_tables.stride(0), num_blocks),
         GROUP=group,
         KV_HEADS=kv_heads,

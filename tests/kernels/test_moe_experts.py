@@ -192,7 +192,16 @@ ON_HOPPER = [
     (129, 2, 320, 448, 2, 8),
     (700, 64, 256, 128, 6, 256),  # most tiles hold few entries
     (2000, 5, 192, 320, 2, 640),
+    (140, 4, 8192, 448, 2, 0),
 ]
+
+
+def check_without_the_last(case):
+    """Choices of an expert behind the local ones."""
+    x, gate_up, down, weights, ids = case
+    mine = x, gate_up[:-1], down[:-1], weights, ids, 0
+    exact = naive(x, gate_up, down, weights.where(ids < len(down) - 1, 0), ids)
+    assert_as_near_as_twin(moe_experts_grouped(*mine), moe_experts_torch(*mine), exact)
 
 
 @pytest.mark.gpu
@@ -211,8 +220,12 @@ def test_on_hopper(monkeypatch, sizes, dtype, programs, at_once):
         monkeypatch.setattr(moe_hopper, "num_multiprocessors", lambda device: programs)
     check(moe_experts_grouped, case)
     check(moe_experts_grouped, case, first_expert=1)
+    check_without_the_last(case)
     case[-1][:] = torch.arange(top_k)  # experts without a token, and many with as many as can be
     check(moe_experts_grouped, case)
+    x, gate_up, down, weights, ids = case
+    none = moe_experts_grouped(x, gate_up, down, weights, ids + len(down), 0)
+    assert (none == 0).all()
     if shared_width:
         shared = make_there(dtype, 1, 1, hidden, shared_width, 1)[1:3]
         shared = shared[0][0], shared[1][0]
@@ -220,6 +233,9 @@ def test_on_hopper(monkeypatch, sizes, dtype, programs, at_once):
         twin = moe_experts_torch(*case, 0, *shared)
         y = moe_experts_grouped(*case, 0, *shared)
         assert_as_near_as_twin(y, twin, exact.to(y.device))
+        alone = moe_experts_grouped(x, gate_up, down, weights, ids + len(down), 0, *shared)
+        twin = moe_experts_torch(x, gate_up, down, weights, ids + len(down), 0, *shared)
+        assert_as_near_as_twin(alone, twin, naive_mlp(x, *shared).to(y.device))
 
 
 @pytest.mark.parametrize(
@@ -251,8 +267,9 @@ def test_roundings_are_the_twins(kernels):
 
 @BOTH
 @pytest.mark.gpu  # the interpreter runs one program after the other: always the same
-def test_the_same_bits_again(kernels):
-    case = make_there(torch.float32, 300, 16, 256, 128, 3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_again(kernels, dtype):
+    case = make_there(dtype, 300, 16, 256, 128, 3)
     expected = kernels(*case)
     assert all(torch.equal(kernels(*case), expected) for _ in range(20))
 
@@ -327,6 +344,18 @@ def test_tokens_in_parts_are_the_tokens(monkeypatch, at_once):
     whole = moe_experts_grouped(*case)
     monkeypatch.setattr(moe_grouped, "TOKENS_AT_ONCE", at_once)
     assert torch.equal(moe_experts_grouped(*case), whole)  # fp32 has one tile for all sizes
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("at_once", [150, 299])
+def test_tokens_in_parts_are_the_tokens_on_hopper(monkeypatch, at_once):
+    case = make_there(torch.bfloat16, 300, 6, 256, 128, 2)
+    if not moe_hopper.takes(case[0], case[2], None):
+        pytest.skip("not on this card")
+    monkeypatch.setattr(moe_grouped, "HOPPER", {("sm_90", 1): {"HOPPER": 1}})
+    whole = moe_experts_grouped(*case)
+    monkeypatch.setattr(moe_grouped, "TOKENS_AT_ONCE", at_once)
+    assert torch.equal(moe_experts_grouped(*case), whole)
 
 
 @BOTH
