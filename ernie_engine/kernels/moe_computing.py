@@ -7,6 +7,7 @@ each other, only for the loading warps.
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportAttributeAccessIssue=false, reportAssignmentType=false, reportOperatorIssue=false
+# pyright: reportFunctionMemberAccess=false
 # (a kernel's arguments, loops and layouts are not Python's)
 
 from triton.experimental import gluon
@@ -21,6 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ernie_engine.kernels.hopper import barrier
 from ernie_engine.kernels.moe_loading import BLOCK_K, ROWS, STAGES
 from ernie_engine.kernels.moe_units import PLACES, hear, num_columns
+
+MEMORY = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))  # 16 bytes to a thread
 
 
 @gluon.jit
@@ -65,12 +68,23 @@ def _silu_product(gate, up, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def _turned(y, staging, LAYOUT: gl.constexpr):
-    """y [PLACES, ROWS // 2] in another layout, by way of shared memory."""
+def _halves(sums):
+    """The left and the right columns of a unit's sums."""
+    return gl.split(sums.reshape([PLACES, 2, ROWS // 2]).permute([0, 2, 1]))
+
+
+@gluon.jit
+def _store(y, staging, rows, column, inside, width, weight):
+    """y [PLACES, ROWS // 2], times `weight` if there is one, to `rows` (pointers [PLACES]) from
+    `column` on: in a layout of whole rows, by way of shared memory."""
     barrier()  # what was there before has been read
     staging.store(y)
     barrier()
-    return staging.load(LAYOUT)
+    y = staging.load(MEMORY)
+    if weight is not None:
+        y = (y.to(gl.float32) * weight[:, None]).to(y.dtype)
+    columns = column + gl.arange(0, ROWS // 2, gl.SliceLayout(0, MEMORY))[None, :]
+    gl.store(rows[:, None] + columns, y, mask=inside[:, None] & (columns < width))
 
 
 @gluon.jit
@@ -93,10 +107,7 @@ def compute_units(
 ):
     """A group of computing warps: the first PLACES of each tile (MINE 0) or the others."""
     order, _, _, _, num_tokens = work
-    MEMORY: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     DTYPE: gl.constexpr = out.dtype.element_ty
-    HALF: gl.constexpr = ROWS // 2
-    columns = gl.arange(0, HALF, gl.SliceLayout(0, MEMORY))[None, :]
     places = MINE * PLACES + gl.arange(0, PLACES, gl.SliceLayout(1, MEMORY))
     step, turn = 0, 1
     expert, first, last, block = hear(news, 0)
@@ -107,23 +118,19 @@ def compute_units(
             step = _pass_over(barriers, step, end)
         elif GATE_UP:
             sums, step = _multiply(a_tiles, b_tiles, barriers, step, end, MINE, GATE_UP)
-            gate, up = gl.split(sums.reshape([PLACES, 2, HALF]).permute([0, 2, 1]))
-            y = _turned(_silu_product(gate, up, DTYPE), staging, MEMORY)
+            gate, up = _halves(sums)
+            y = _silu_product(gate, up, DTYPE)
             width = gl.where(routed, I, S)
-            column = block * HALF + columns
-            rows = gl.where(routed, out, shared_out) + place.to(gl.int64)[:, None] * width
-            gl.store(rows + column, y, mask=inside[:, None] & (column < width))
+            rows = gl.where(routed, out, shared_out) + place.to(gl.int64) * width
+            _store(y, staging, rows, block * (ROWS // 2), inside, width, None)
         else:
             entry = gl.load(order + place, mask=inside & routed, other=0)
             weight = gl.load(weights + entry, mask=inside & routed, other=1.0).to(gl.float32)
             entry = gl.where(routed, entry, num_tokens * TOP_K + place)
-            rows = out + entry.to(gl.int64)[:, None] * H
+            rows = out + entry.to(gl.int64) * H
             sums, step = _multiply(a_tiles, b_tiles, barriers, step, end, MINE, GATE_UP)
-            halves = gl.split(sums.reshape([PLACES, 2, HALF]).permute([0, 2, 1]))
-            for half in gl.static_range(2):
-                y = _turned(halves[half].to(DTYPE), staging, MEMORY).to(gl.float32)
-                column = block * ROWS + half * HALF + columns
-                y = (y * weight[:, None]).to(DTYPE)
-                gl.store(rows + column, y, mask=inside[:, None] & (column < H))
+            left, right = _halves(sums)
+            _store(left.to(DTYPE), staging, rows, block * ROWS, inside, H, weight)
+            _store(right.to(DTYPE), staging, rows, block * ROWS + ROWS // 2, inside, H, weight)
         expert, first, last, block = hear(news, turn)
         turn += 1
