@@ -120,15 +120,14 @@ def _compute(
 ) -> None:
     """As the twin, into `out`."""
     num_experts, shared = len(down), None
-    hopper = pick(HOPPER, x.device, len(x))["HOPPER"] and moe_hopper.takes(x, down, shared_down)
-    parts = 0 if hopper else _num_parts(x, down, shared_down)
-    if shared_gate_up is not None and shared_down is not None and not (hopper or parts):
-        shared = linear_triton(swiglu_triton(linear_triton(x, shared_gate_up)), shared_down)
-    if hopper:
+    if pick(HOPPER, x.device, len(x))["HOPPER"] and moe_hopper.takes(x, down, shared_down):
         tiles = sort_by_expert(ids, num_experts, first_expert, BLOCK_M.value)
         mlps = gate_up, down, shared_gate_up, shared_down
         products = moe_hopper.products_hopper(x, *mlps, weights, tiles)
     else:
+        parts = _num_parts(x, down, shared_down)
+        if shared_gate_up is not None and shared_down is not None and not parts:
+            shared = linear_triton(swiglu_triton(linear_triton(x, shared_gate_up)), shared_down)
         mine = (shared_gate_up, shared_down) if parts else (gate_up, down)  # else not looked at
         products = _products(x, gate_up, down, *mine, weights, ids, first_expert, parts)
     if len(products) > ids.numel():

@@ -8,6 +8,7 @@ from ernie_engine.kernels.launch import DEFAULT
 from ernie_engine.kernels.moe import moe_experts_torch
 from ernie_engine.kernels.moe_few import moe_experts_few
 from ernie_engine.kernels.moe_grouped import moe_experts_grouped
+from ernie_engine.kernels.moe_units import BLOCK_M
 from tests.kernels.tile_check import assert_as_near_as_twin, half_and_single, where_kernels_run
 
 
@@ -236,6 +237,45 @@ def test_on_hopper(monkeypatch, sizes, dtype, programs, at_once):
         alone = moe_experts_grouped(x, gate_up, down, weights, ids + len(down), 0, *shared)
         twin = moe_experts_torch(x, gate_up, down, weights, ids + len(down), 0, *shared)
         assert_as_near_as_twin(alone, twin, naive_mlp(x, *shared).to(y.device))
+
+
+def products_in_torch(x, gate_up, down, shared_gate_up, shared_down, weights, tiles):
+    """What moe_hopper.products_hopper() gives for these; NaN of entries of other ranks."""
+
+    def mlp(rows, gate_up, down):
+        gate, up = F.linear(rows, gate_up).chunk(2, dim=1)
+        return F.linear(F.silu(gate) * up, down)
+
+    products = x.new_full((weights.numel(), x.shape[1]), torch.nan)
+    for expert, first, last in tiles.bounds[:, : tiles.used[0]].T.tolist():
+        assert last - first <= BLOCK_M.value
+        entries = tiles.order[first:last].long()
+        y = mlp(x[entries // weights.shape[1]], gate_up[expert], down[expert])
+        products[entries] = y * weights.flatten()[entries, None]
+    if shared_down is None:
+        return products
+    return torch.cat([products, mlp(x, shared_gate_up, shared_down)])
+
+
+def test_what_hoppers_products_are_given_and_what_becomes_of_them(monkeypatch):
+    calls = []
+
+    def products(*args):
+        calls.append(args)
+        return products_in_torch(*args)
+
+    monkeypatch.setattr(moe_grouped, "HOPPER", {(DEFAULT, 1): {"HOPPER": 1}})
+    monkeypatch.setattr(moe_hopper, "takes", lambda *tensors: True)
+    monkeypatch.setattr(moe_hopper, "products_hopper", products)
+    case = make_there(torch.float16, 150, 3, 24, 16, 2)
+    check(moe_experts_grouped, case)
+    check(moe_experts_grouped, case, first_expert=1)
+    shared = make_there(torch.float16, 1, 1, 24, 20, 1)[1:3]
+    shared = shared[0][0], shared[1][0]
+    exact = (naive(*case) + naive_mlp(case[0], *shared)).to(case[0].device)
+    twin = moe_experts_torch(*case, 0, *shared)
+    assert_as_near_as_twin(moe_experts_grouped(*case, 0, *shared), twin, exact)
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize(
