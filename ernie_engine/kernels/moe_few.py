@@ -17,24 +17,27 @@ from torch import Tensor
 from ernie_engine.kernels.gemv import dot_rows, load_vector
 from ernie_engine.kernels.launch import DEFAULT, overlap, pick, wait_for_inputs
 
-# By tokens. BLOCK: output rows of a program (of gate and of up each, in the first launch); BLOCK_K:
-# columns read at once; STAGES: loads in flight.
+# BLOCK: output rows of a program (of gate and of up each, in the first launch); BLOCK_K: columns
+# read at once; STAGES: loads in flight. The first by hidden size, the second by tokens x width.
 GATE_UP_TABLE = {
-    (DEFAULT, 8): {"BLOCK": 8, "BLOCK_K": 256, "STAGES": 3, "num_warps": 4},
-    ("sm_90", 8): {"BLOCK": 2, "BLOCK_K": 4096, "STAGES": 1, "num_warps": 2},
+    (DEFAULT, 8192): {"BLOCK": 8, "BLOCK_K": 256, "STAGES": 3, "num_warps": 4},
+    ("sm_90", 4096): {"BLOCK": 2, "BLOCK_K": 4096, "STAGES": 1, "num_warps": 2},
+    ("sm_90", 8192): {"BLOCK": 1, "BLOCK_K": 4096, "STAGES": 1, "num_warps": 8},
 }
 GATE_UP_CANDIDATES = [
     {"BLOCK": block, "BLOCK_K": k, "STAGES": stages, "num_warps": warps}
-    for block in (2, 4, 8)
+    for block in (1, 2, 4, 8)
     for k in (512, 1024, 2048, 4096)
     for stages in (1, 3)
     for warps in (2, 4, 8)
     if 4 <= block * k // (warps * 128) <= 64
 ]
 DOWN_TABLE = {
-    (DEFAULT, 8): {"BLOCK": 2, "BLOCK_K": 256, "STAGES": 1, "num_warps": 4},
-    ("sm_90", 1): {"BLOCK": 1, "BLOCK_K": 2048, "STAGES": 1, "num_warps": 2},
-    ("sm_90", 8): {"BLOCK": 4, "BLOCK_K": 128, "STAGES": 2, "num_warps": 2},
+    (DEFAULT, 8192): {"BLOCK": 2, "BLOCK_K": 256, "STAGES": 1, "num_warps": 4},
+    ("sm_90", 512): {"BLOCK": 4, "BLOCK_K": 256, "STAGES": 1, "num_warps": 8},
+    ("sm_90", 1024): {"BLOCK": 2, "BLOCK_K": 256, "STAGES": 1, "num_warps": 8},
+    ("sm_90", 1536): {"BLOCK": 1, "BLOCK_K": 2048, "STAGES": 1, "num_warps": 2},
+    ("sm_90", 8192): {"BLOCK": 4, "BLOCK_K": 128, "STAGES": 2, "num_warps": 4},
 }
 DOWN_CANDIDATES = [
     {"BLOCK": block, "BLOCK_K": k, "STAGES": stages, "num_warps": warps}
@@ -45,7 +48,7 @@ DOWN_CANDIDATES = [
     if 4 <= 2 * block * k // (warps * 32) <= 64
 ]
 MOST_AHEAD = tl.constexpr(16384)  # weights of gate, and of up, that a program asks for ahead
-DOWN_TABLE_FP32 = {(DEFAULT, 8): {"BLOCK": 1, "BLOCK_K": 256, "STAGES": 1, "num_warps": 4}}
+DOWN_TABLE_FP32 = {(DEFAULT, 8192): {"BLOCK": 1, "BLOCK_K": 256, "STAGES": 1, "num_warps": 4}}
 
 
 @triton.jit
@@ -233,7 +236,7 @@ def moe_experts_few(
     shape = {"NUM_EXPERTS": num_experts, "TOP_K": top_k, "H": hidden_size, "I": width}
     shape["SHARED"] = num_shared
     hidden, out = x.new_empty(num_tokens, num_shared + top_k, width), torch.empty_like(x)
-    launch = pick(GATE_UP_TABLE, x.device, num_tokens)
+    launch = pick(GATE_UP_TABLE, x.device, hidden_size)
     grid = triton.cdiv(width, launch["BLOCK"]), num_tokens * (top_k + num_shared)
     _gate_up_kernel[grid](
         *(x, gate_up, shared_gate_up, ids, hidden, first_expert),
@@ -261,8 +264,8 @@ def add_up_few(
     num_tokens, hidden_size = out.shape
     top_k, (num_experts, _, width) = ids.shape[1], down.shape
     table = DOWN_TABLE_FP32 if out.dtype == torch.float32 else DOWN_TABLE
-    launch = dict(pick(table, out.device, num_tokens))
-    # Rows were found for wide experts; of narrow ones most lanes would have no column.
+    launch = dict(pick(table, out.device, num_tokens * width))
+    # Two tokens of narrow experts have the row of one of a wide one, whose lanes they do not fill.
     launch["BLOCK_K"] = min(launch["BLOCK_K"], triton.next_power_of_2(width))
     grid = triton.cdiv(hidden_size, launch["BLOCK"]), num_tokens
     _down_kernel[grid](

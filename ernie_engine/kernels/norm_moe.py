@@ -37,12 +37,12 @@ TABLE = {
     (DEFAULT, 8192): {"EXPERTS_OF": 1, "BLOCK": 1, "num_warps": 4},
     ("sm_90", 4096): {"EXPERTS_OF": 1, "BLOCK": 2, "num_warps": 4},
     ("sm_90", 6144): {"EXPERTS_OF": 1, "BLOCK": 2, "num_warps": 2},
-    ("sm_90", 8192): {"EXPERTS_OF": 1, "BLOCK": 1, "num_warps": 4},
+    ("sm_90", 8192): {"EXPERTS_OF": 1, "BLOCK": 2, "num_warps": 8},
 }
 CANDIDATES = [
     {"EXPERTS_OF": experts, "BLOCK": block, "num_warps": warps}
     for experts in (1, 2)
-    for block, warps in ((1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (4, 4), (4, 8))
+    for block, warps in ((1, 1), (1, 2), (1, 4), (1, 8), (2, 2), (2, 4), (2, 8), (4, 4), (4, 8))
 ]
 # By tokens: 1 = in two launches; 0: by parts.
 FEW = {

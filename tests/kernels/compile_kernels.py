@@ -26,7 +26,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 8192, 16384)
 COMPILED = {
     "some": [
         *((torch.bfloat16, "21B tp1", n) for n in SIZES),
-        *((torch.bfloat16, name, n) for name in ("0.3B", "300B tp8") for n in (1, 256)),
+        *((torch.bfloat16, name, n) for name in ("0.3B", "300B tp8") for n in (1, 2, 256)),
         *((torch.float32, "21B tp1", n) for n in (1, 32, 128, 8192)),
     ],
     "all": [

@@ -144,6 +144,12 @@ def _normed_numbers(case: KernelCase) -> int | None:
     return case.make(torch.device("meta"))[0].numel() if case.size <= 2 else None
 
 
+def _chosen_numbers(case: KernelCase) -> int | None:
+    """Tokens x a routed expert's width, of the fewest tokens."""
+    down = case.make(torch.device("meta"))[2]
+    return case.size * down.shape[2] if case.size <= 2 else None
+
+
 def _fusion(module: Any, row: Params, most_tokens: int) -> list[Tunable]:
     """`row` of FEW is one launch."""
     name, fused = module.__name__.rpartition(".")[2], [(module.FEW, row)]
@@ -215,12 +221,19 @@ TUNABLE = {
     "swiglu": [Tunable("swiglu.TABLE", swiglu.TABLE, swiglu.CANDIDATES)],
     "router": [Tunable("router.TABLE", router.TABLE, router.CANDIDATES)],
     "moe_experts": [
-        *(
-            Tunable(f"moe_few.{name}", table, candidates, _few(8), _ungrouped)
-            for name, table, candidates in (
-                ("GATE_UP_TABLE", moe_few.GATE_UP_TABLE, moe_few.GATE_UP_CANDIDATES),
-                ("DOWN_TABLE", moe_few.DOWN_TABLE, moe_few.DOWN_CANDIDATES),
-            )
+        Tunable(
+            "moe_few.GATE_UP_TABLE",
+            moe_few.GATE_UP_TABLE,
+            moe_few.GATE_UP_CANDIDATES,
+            _hidden_size,
+            _ungrouped,
+        ),
+        Tunable(
+            "moe_few.DOWN_TABLE",
+            moe_few.DOWN_TABLE,
+            moe_few.DOWN_CANDIDATES,
+            _chosen_numbers,
+            _ungrouped,
         ),
         *(
             Tunable(f"moe_grouped.{name}", table, moe_grouped.CANDIDATES, _tile_of, _with_tile)
