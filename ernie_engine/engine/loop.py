@@ -1,7 +1,9 @@
 """The engine's heartbeat: arrivals -> schedule -> launch -> sample -> commit, in its own thread.
 
 Owns the inbox and the deque of steps in flight. Everything that changes what the scheduler sees
-(arrivals, aborts, the end) enters by the inbox, between two steps. Decides nothing itself.
+(arrivals, aborts, the end) enters by the inbox, between two steps. What a step brought is delivered
+once the next one is launched: whom that wakes has Python's lock while this thread waits for the
+GPU, and holds up no launch. Decides nothing itself.
 """
 
 import logging
@@ -21,6 +23,7 @@ from ernie_engine.engine.stage import plan_frame
 
 logger = logging.getLogger(__name__)
 _FAILED = "the engine failed"
+QUICK_TOKENS = 2048  # launching more takes tens of milliseconds: what has come is delivered before
 
 
 class EngineDeadError(RuntimeError):
@@ -79,6 +82,7 @@ class EngineLoop:
         self._phase = phases or Phases()
         self._inbox: queue.SimpleQueue[_Arrival | _Abort | _Stop] = queue.SimpleQueue()
         self._in_flight: deque[tuple[StepPlan, ResultFrame]] = deque()
+        self._undelivered: Sequence[TokenOutput] = ()
         self._open: dict[int, tuple[Request, Sink]] = {}
         self._lock = threading.Lock()  # between "is it dead?" and "then put it in the inbox"
         self._death: EngineDeadError | None = None
@@ -130,7 +134,10 @@ class EngineLoop:
         except Exception as error:
             if self._death is None:
                 logger.exception("the engine loop failed")
-            self._die(self._ranks.explain(error))
+            try:
+                self._deliver()
+            finally:
+                self._die(self._ranks.explain(error))
         self._die(None)
 
     def _die(self, error: Exception | None) -> None:
@@ -159,6 +166,8 @@ class EngineLoop:
         """Take in all that has come; wait for something when there is nothing to do. False at
         the end."""
         idle = not self._in_flight and not self._scheduler.has_requests
+        if idle:
+            self._deliver()
         while idle or not self._inbox.empty():
             message = self._inbox.get()
             idle, self._moved_at = False, time.monotonic()
@@ -181,11 +190,12 @@ class EngineLoop:
             self._scheduler.add(request)
 
     def _abort(self, request_ids: Iterable[int]) -> None:
+        self._deliver()  # who has ended by that is open no more
         for request_id in request_ids:
             if request_id in self._open:
                 output = self._scheduler.abort(self._open[request_id][0])
                 assert output is not None, "an ended request is not open"
-                self._deliver([output])
+                self._hand_out([output])
 
     def _turn(self) -> None:
         """Launch a step if one may still go out, take in the oldest if none did or enough have."""
@@ -195,7 +205,10 @@ class EngineLoop:
             with self._phase("schedule"):
                 plan = self._scheduler.schedule()
         if plan is not None:
+            if sum(plan.num_tokens) > QUICK_TOKENS:
+                self._deliver()
             self._launch(plan)
+        self._deliver()
         if self._in_flight and (plan is None or len(self._in_flight) == self._depth):
             self._take_in(*self._in_flight.popleft())
 
@@ -209,17 +222,22 @@ class EngineLoop:
         with self._phase("wait"):
             frame = pending.wait()
         with self._phase("commit"):
-            outputs = self._scheduler.commit(plan, decode_result(frame))
-        with self._phase("deliver"):
-            self._deliver(outputs)
+            self._undelivered = self._scheduler.commit(plan, decode_result(frame))
 
     def _stamp_started(self, slots: Collection[int]) -> None:
         for request in self._scheduler.running if slots else ():
             if request.slot in slots:
                 request.started_at = self._moved_at
 
-    def _deliver(self, outputs: Iterable[TokenOutput]) -> None:
-        """Hand each sink its outputs in one piece."""
+    def _deliver(self) -> None:
+        """What the steps taken in brought, if anything is left of it."""
+        outputs, self._undelivered = self._undelivered, ()
+        if outputs:
+            with self._phase("deliver"):
+                self._hand_out(outputs)
+
+    def _hand_out(self, outputs: Iterable[TokenOutput]) -> None:
+        """Each sink gets its outputs in one piece."""
         by_sink: dict[int, tuple[Sink, list[TokenOutput]]] = {}
         for output in outputs:
             _, sink = self._open[output.request_id]

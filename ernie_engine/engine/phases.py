@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 from ernie_engine.engine.plan import StepPlan
 
 # In the order of a turn; launch comes with its plan. A plan is encoded to bytes and read again;
-# what is waited for, committed and delivered is the oldest step's result.
-PHASES = ("schedule", "encode", "read", "launch", "sample", "wait", "commit", "deliver")
+# what is waited for and committed is the oldest step's result, what is delivered the one's before.
+PHASES = ("schedule", "encode", "read", "launch", "sample", "deliver", "wait", "commit")
 
 Watcher = Callable[[str, StepPlan | None], AbstractContextManager[None]]
 _UNWATCHED = nullcontext()

@@ -134,7 +134,44 @@ def test_a_watcher_sees_every_phase_of_every_step_in_turn():
     take(sink, 2)
     rig.loop.close()
     turns = [[(name, i if name == "launch" else None) for name in PHASES] for i in range(2)]
-    assert seen == turns[0] + turns[1]
+    turns[0].remove(("deliver", None))  # nothing had come
+    assert seen == [*turns[0], *turns[1], ("deliver", None)]
+
+
+@pytest.mark.parametrize("is_quick", [True, False])
+def test_what_came_is_delivered_once_the_next_step_is_launched_if_that_is_quick(
+    rig, monkeypatch, is_quick
+):
+    if not is_quick:
+        monkeypatch.setattr("ernie_engine.engine.loop.QUICK_TOKENS", 0)
+    mine, launched = SimpleQueue(), []
+
+    def put(batch):
+        launched.append(len(rig.books.plans))
+        mine.put(batch)
+
+    rig.submit(SimpleNamespace(put=put), 3)
+    rig.gate.let(3)
+    take(mine, 3)
+    before = rig.depth  # launched when the first step is taken in
+    assert launched[0] == min(3, before + is_quick)
+    assert launched[2] == 3  # behind the last step there is none
+
+
+def test_what_came_is_told_before_the_death_by_a_launch(rig):
+    mine, launch = SimpleQueue(), rig.books.launch
+
+    def fail(plan):
+        if plan.step_id == rig.depth:
+            raise RuntimeError("the card is on fire")
+        launch(plan)
+
+    rig.books.launch = fail
+    rig.submit(mine, 1, 9)
+    rig.gate.let(1)
+    batch, death = take(mine, 2)
+    assert ends(batch) == [(0, "length"), (1, None)]
+    assert isinstance(death, EngineDeadError)
 
 
 def test_arrivals_that_nobody_read_get_the_death(rig):
