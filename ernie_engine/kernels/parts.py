@@ -18,6 +18,7 @@ from ernie_engine.kernels.rms_norm import (
 )
 from ernie_engine.kernels.rope import rope_and_cache_torch, rope_and_cache_triton
 from ernie_engine.kernels.router import router_torch, router_triton
+from ernie_engine.kernels.swiglu import swiglu_torch, swiglu_triton
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Parts:
     rms_norm: Callable[..., Tensor]
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
     rope_and_cache: Callable[..., Tensor]
+    swiglu: Callable[..., Tensor]
     router: Callable[..., tuple[Tensor, Tensor]]
 
     def norm(
@@ -37,7 +39,11 @@ class Parts:
         return self.add_rms_norm(x, residual, weight, eps)
 
 
-TORCH = Parts(linear_torch, rms_norm_torch, add_rms_norm_torch, rope_and_cache_torch, router_torch)
+TORCH = Parts(
+    *(linear_torch, rms_norm_torch, add_rms_norm_torch),
+    *(rope_and_cache_torch, swiglu_torch, router_torch),
+)
 TRITON = Parts(
-    linear_triton, rms_norm_triton, add_rms_norm_triton, rope_and_cache_triton, router_triton
+    *(linear_triton, rms_norm_triton, add_rms_norm_triton),
+    *(rope_and_cache_triton, swiglu_triton, router_triton),
 )

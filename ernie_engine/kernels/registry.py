@@ -23,6 +23,7 @@ from ernie_engine.kernels import (
     norm_moe,
     norm_qkv_rope,
     norm_router,
+    norm_swiglu,
     penalties,
     prefill_attention,
     rms_norm,
@@ -56,6 +57,7 @@ class Ops:
     sample: Callable[..., Tensor]
     token_logprobs: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     norm_qkv_rope: Callable[..., tuple[Tensor, Tensor]]
+    norm_swiglu: Callable[..., tuple[Tensor, Tensor]]
     norm_router: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     norm_moe: Callable[..., tuple[Tensor, Tensor]]
 
@@ -115,6 +117,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     **sampling.IMPLEMENTATIONS,
     **logprobs.IMPLEMENTATIONS,
     **norm_qkv_rope.IMPLEMENTATIONS,
+    **norm_swiglu.IMPLEMENTATIONS,
     **norm_router.IMPLEMENTATIONS,
     **norm_moe.IMPLEMENTATIONS,
 }
@@ -126,6 +129,7 @@ FUSIONS = {
         Parts,
         ("rms_norm", "add_rms_norm", "linear", "rope_and_cache"),
     ),
+    "norm_swiglu": (norm_swiglu.composed, Parts, ("add_rms_norm", "linear", "swiglu")),
     "norm_router": (norm_router.composed, Parts, ("rms_norm", "add_rms_norm", "router")),
     "norm_moe": (norm_moe.composed, norm_moe.Parts, ("norm_router", "moe_experts")),
 }

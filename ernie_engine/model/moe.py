@@ -13,8 +13,8 @@ from ernie_engine.config import ModelConfig
 from ernie_engine.kernels.registry import Ops
 from ernie_engine.parallel.comm import all_reduce
 from ernie_engine.parallel.layers import (
-    ColumnParallelLinear,
     ExpertWeights,
+    GateUpWeight,
     RowParallelLinear,
     WeightPart,
     empty_weight,
@@ -38,13 +38,14 @@ class MLP(nn.Module):
     def __init__(self, hidden_size: int, width: int, ops: Ops, place: Placement):
         super().__init__()
         self.ops = ops
-        self.gate_up_proj = ColumnParallelLinear(hidden_size, [width, width], place, ops.linear)
+        self.gate_up_proj = GateUpWeight(hidden_size, width, place)
         self.down_proj = RowParallelLinear(width, hidden_size, place, ops.linear)
 
     def forward(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         """x, residual [T, H] -> MLP of norm(residual + x) [T, H], residual + x."""
-        x, hidden = self.ops.add_rms_norm(x, residual, norm.weight, norm.eps)
-        return self.down_proj(self.ops.swiglu(self.gate_up_proj(x))), hidden
+        weight = self.gate_up_proj.weight
+        y, hidden = self.ops.norm_swiglu(x, residual, norm.weight, norm.eps, weight)
+        return self.down_proj(y), hidden
 
     def parts(self, prefix: str) -> Iterator[WeightPart]:
         yield from self.gate_up_proj.parts(f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight")

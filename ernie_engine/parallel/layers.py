@@ -44,28 +44,24 @@ def whole_part(name: str, weight: Tensor, shape: tuple[int, ...] | None = None) 
     return WeightPart(name, shape, (WHOLE,) * len(shape), weight.data.view(shape))
 
 
-class ColumnParallelLinear(nn.Module):
-    """y = x @ W.T, the rows of W cut over tp; several checkpoint matrices may be stacked in W.
+class GateUpWeight(nn.Module):
+    """The matrices of gate and up, their rows cut over tp. What is computed with them is fused with
+    what comes before and after.
 
-    Weight [sum(out_features) / tp, in_features]: each matrix's own share, one after the other.
+    Weight [2 * width / tp, in_features]: this rank's share of gate, then that of up.
     """
 
-    def __init__(
-        self, in_features: int, out_features: Sequence[int], place: Placement, linear: Linear
-    ):
+    def __init__(self, in_features: int, width: int, place: Placement):
         super().__init__()
-        self.mesh, self.linear, self.out_features = place.mesh, linear, tuple(out_features)
-        self.shares = [place.mesh.share(n, "output features") for n in out_features]
-        self.weight = empty_weight(sum(self.shares), in_features, place=place)
+        self.mesh, self.width = place.mesh, width
+        self.share = place.mesh.share(width, "output features")
+        self.weight = empty_weight(2 * self.share, in_features, place=place)
 
-    def forward(self, x: Tensor) -> Tensor:  # [T, in] -> [T, sum(out) / tp]
-        return self.linear(x, self.weight)
-
-    def parts(self, *names: str) -> Iterator[WeightPart]:
-        views = self.weight.data.split(self.shares)
-        for name, rows, dst in zip(names, self.out_features, views, strict=True):
-            cut = self.mesh.cut(rows, name)
-            yield WeightPart(name, (rows, dst.shape[1]), (cut, WHOLE), dst)
+    def parts(self, gate: str, up: str) -> Iterator[WeightPart]:
+        views = self.weight.data.split(self.share)
+        for name, dst in zip((gate, up), views, strict=True):
+            cut = self.mesh.cut(self.width, name)
+            yield WeightPart(name, (self.width, dst.shape[1]), (cut, WHOLE), dst)
 
 
 class QKVWeight(nn.Module):

@@ -7,9 +7,11 @@ import torch
 
 from ernie_engine.kernels import norm_qkv_rope as qkv_module
 from ernie_engine.kernels import norm_router as router_module
+from ernie_engine.kernels import norm_swiglu as mlp_module
 from ernie_engine.kernels import tickets
 from ernie_engine.kernels.gemv import MOST_TOKENS
 from ernie_engine.kernels.norm_qkv_rope import composed as composed_qkv
+from ernie_engine.kernels.norm_swiglu import composed as composed_mlp
 from ernie_engine.kernels.parts import TORCH
 from ernie_engine.kernels.rope import rope_table
 from tests.kernels.tile_check import assert_as_near_as_twin, half_and_single, where_kernels_run
@@ -106,6 +108,57 @@ def test_every_implementation_of_qkv(norm_qkv_rope, device, dtype, assert_near):
     for out, reference in zip(ours, exact, strict=True):
         # roundings one after the other; a small number comes of a sum of larger ones
         assert_near(out.flatten(1), reference.flatten(1).cpu(), factor=3)
+
+
+def make_mlp(num_tokens, hidden, width, dtype):
+    device = where_kernels_run()
+    x, residual = (torch.randn(num_tokens, hidden).to(device, dtype) for _ in range(2))
+    norm = (1 + torch.randn(hidden) / 8).to(device, dtype)
+    return x, residual, norm, EPS, (torch.randn(2 * width, hidden) / hidden**0.5).to(device, dtype)
+
+
+def check_mlp(function, case):
+    twin = mlp_module.norm_swiglu_torch
+    wide = [a.double() if torch.is_tensor(a) else a for a in case]
+    for out, like, exact in zip(function(*case), twin(*case), twin(*wide), strict=True):
+        assert_as_near_as_twin(out, like, exact)
+
+
+@half_and_single
+@pytest.mark.parametrize("width", [30, 48, 127])
+@pytest.mark.parametrize(("num_tokens", "hidden"), SIZES)
+def test_norm_swiglu(dtype, num_tokens, hidden, width):
+    case = make_mlp(num_tokens, hidden, width, dtype)
+    check_mlp(mlp_module.norm_swiglu_triton, case)
+    if num_tokens <= MOST_TOKENS:
+        check_mlp(mlp_module.norm_swiglu_few, case)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda y, total: y[0, :16].mul_(1.01),
+        lambda y, total: y[-1].copy_(y[0]),
+        lambda y, total: total[0, 32:].mul_(1.01),
+        lambda y, total: y.copy_(y.roll(1, 1)),  # off by one in the rows
+    ],
+)
+def test_planted_errors_of_the_mlp_are_found(fault):
+    def wrong(*args):
+        y, total = mlp_module.norm_swiglu_few(*args)
+        fault(y, total)
+        return y, total
+
+    with pytest.raises(AssertionError):
+        check_mlp(wrong, make_mlp(3, 64, 48, torch.float16))
+
+
+def test_every_implementation_of_the_mlp(norm_swiglu, device, dtype, assert_near):
+    case = make_mlp(3, 72, 48, dtype)
+    ours = norm_swiglu(*(a.to(device) if torch.is_tensor(a) else a for a in case))
+    exact = composed_mlp(TORCH, *(a.double() if torch.is_tensor(a) else a for a in case))
+    for out, reference in zip(ours, exact, strict=True):
+        assert_near(out, reference.cpu(), factor=3)  # roundings one after the other
 
 
 def test_every_implementation_of_the_router(norm_router, device, dtype, assert_near):

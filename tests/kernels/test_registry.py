@@ -132,6 +132,11 @@ def test_a_fusion_runs_where_all_its_parts_are_kernels():
     assert chosen(f"{everything},-norm_moe") == ("triton", "triton", "parts")
     assert chosen(f"{everything},-moe_experts") == ("triton", "triton", "parts")
     assert chosen("torch,norm_router=triton") == ("torch", "triton", "parts")
+    of_mlp = (
+        select(f"{everything},-{op}", "cuda").implementations()["norm_swiglu"]
+        for op in ("router", "swiglu", "norm_swiglu")
+    )
+    assert tuple(of_mlp) == ("triton", "parts", "parts")
     with pytest.raises(ValueError, match="linear has no implementation 'parts'"):
         select("torch,linear=parts", "cuda")
 

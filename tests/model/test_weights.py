@@ -20,8 +20,8 @@ from ernie_engine.model import weights
 from ernie_engine.model.checkpoint import INDEX, Checkpoint
 from ernie_engine.model.weights import fill_dummy, load_weights
 from ernie_engine.parallel.layers import (
-    ColumnParallelLinear,
     ExpertWeights,
+    GateUpWeight,
     QKVWeight,
     RowParallelLinear,
     VocabParallel,
@@ -46,7 +46,7 @@ class Toy(nn.Module):
         self.embed = VocabParallel(V, H, place)
         self.qkv_proj = QKVWeight(H, 4, kv_heads, D, place)
         self.o_proj = RowParallelLinear(4 * D, H, place, linear)
-        self.gate_up_proj = ColumnParallelLinear(H, [6, 6], place, linear)
+        self.gate_up_proj = GateUpWeight(H, 6, place)
         self.gate_bias = empty_weight(E, place=place, dtype=torch.float32)
         self.experts = ExpertWeights(E, H, I, place)
         self.norm = empty_weight(H, place=place)

@@ -149,5 +149,18 @@ def norm_qkv_rope_cases(shape: RankShape, tokens: int, dtype: torch.dtype) -> It
     )
 
 
+def norm_swiglu_cases(shape: RankShape, tokens: int, dtype: torch.dtype) -> Iterator[KernelCase]:
+    hidden, width = shape.hidden, shape.dense_width
+
+    def make(device):
+        x, residual = (_rows(tokens, hidden, dtype, device) for _ in range(2))
+        weight = _rows(2 * width, hidden, dtype, device) / hidden**0.5
+        return x, residual, _rows(1, hidden, dtype, device)[0], EPS, weight
+
+    moved = (2 * width * hidden + tokens * (3 * hidden + width)) * dtype.itemsize
+    work = Work(moved, 4 * tokens * hidden * width)
+    yield KernelCase("norm_swiglu", shape.name, tokens, make, work)
+
+
 def _rows(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.randn(rows, width, dtype=dtype, device=device)

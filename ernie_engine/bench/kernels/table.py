@@ -18,6 +18,7 @@ from ernie_engine.bench.kernels.layer import (
     embedding_cases,
     linear_cases,
     norm_qkv_rope_cases,
+    norm_swiglu_cases,
     rms_norm_cases,
     rope_and_cache_cases,
     swiglu_cases,
@@ -51,6 +52,7 @@ CASES: dict[str, Cases] = {
     "sample": sample_cases,
     "token_logprobs": token_logprobs_cases,
     "norm_qkv_rope": norm_qkv_rope_cases,
+    "norm_swiglu": norm_swiglu_cases,
     "norm_router": norm_router_cases,
     "norm_moe": norm_moe_cases,
 }

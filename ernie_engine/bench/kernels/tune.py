@@ -30,6 +30,7 @@ from ernie_engine.kernels import (
     norm_moe,
     norm_qkv_rope,
     norm_router,
+    norm_swiglu,
     prefill_attention,
     prefill_hopper,
     rms_norm,
@@ -179,6 +180,7 @@ TUNABLE = {
         Tunable("linear.FEW", linear.FEW, linear.FEW_CANDIDATES, _few(MOST_TOKENS)),
     ],
     "norm_qkv_rope": _fusion(norm_qkv_rope, {"FEW": 1}, MOST_TOKENS),
+    "norm_swiglu": _fusion(norm_swiglu, {"FEW": 1}, MOST_TOKENS),
     "norm_router": _fusion(norm_router, {"ROWS": 1}, 64),
     "norm_moe": [
         Tunable(
