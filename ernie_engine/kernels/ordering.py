@@ -11,8 +11,7 @@ import triton.language as tl
 _ID_BITS = tl.constexpr(20)
 _LAST_ID = tl.constexpr((1 << 20) - 1)
 MAX_IDS = 1 << 20
-KEY_BITS = tl.constexpr(52)  # of a key, its sign among them
-FIRST_KEY = tl.constexpr(-(1 << 51))  # no key is below; none of a number is equal
+FIRST_KEY = tl.constexpr(-(1 << 51))  # of 52 bits; no key is below; none of a number is equal
 
 
 @triton.jit

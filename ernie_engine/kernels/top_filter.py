@@ -3,8 +3,9 @@
 Top-k keeps the k best keys of z (row_settings.py); top-p the fewest of those, best first, whose
 mass reaches p * (the mass of those), a mass being exp(z) in fp64. Both ask for the largest key from
 which on the weights of all better ones reach a target: weights of 1 and a target of k, or masses.
-It is found bit by bit among the tokens where it can be: for top-k those that reach the row's bound;
-for top-p alone those between two edges, of which the masses beyond say that the target lies there.
+It is found bit by bit, until one is left, among the tokens where it can be: for top-k those that
+reach the row's bound; for top-p alone those between two edges, of which the masses beyond say that
+the target lies there.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -26,10 +27,11 @@ from ernie_engine.kernels.candidates import (
     store_candidates,
 )
 from ernie_engine.kernels.launch import DEFAULT, pick
-from ernie_engine.kernels.ordering import FIRST_KEY, KEY_BITS, key_values, order_keys
+from ernie_engine.kernels.ordering import FIRST_KEY, key_values, order_keys
 from ernie_engine.kernels.row_settings import BOUND, TOP_K, TOP_P, load_setting, scaled_logits
 
 EDGES = 32
+BITS_AT_ONCE = tl.constexpr(4)  # of a key, until it is looked at how many keys are left
 _SLACK = tl.constexpr(1e-9)  # sums in fp64 in another order are off by far less
 
 # By the number of rows. WIDTH: candidates of every chunk that are held in registers.
@@ -44,8 +46,8 @@ CANDIDATES = [
 
 @triton.jit
 def _edge(i, EDGES: tl.constexpr):
-    """A z: 0, -1/64, -4/64 ..., close together where tokens weigh most; the last is below all."""
-    return tl.where(i == EDGES - 1, -float("inf"), i * i * -0.015625)
+    """A z from 0 to -16, close together where tokens weigh most; the last is below all."""
+    return tl.where(i == EDGES - 1, -float("inf"), i * i * (-16.0 / (EDGES * EDGES)))
 
 
 @triton.jit
@@ -142,6 +144,30 @@ def _weight_from(
 
 
 @triton.jit
+def _ends(
+    first,
+    last,
+    head,
+    candidates,
+    counts,
+    widest,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The least and the greatest of the keys first .. last, of which there is one."""
+    inside = (head > FIRST_KEY) & (head >= first) & (head <= last)
+    least = tl.min(tl.where(inside, head, -FIRST_KEY))
+    greatest = tl.max(tl.where(inside, head, FIRST_KEY))
+    for start in range(WIDTH, widest, WIDTH):
+        keys = load_candidates(candidates, counts, start, CHUNK, CHUNKS, WIDTH)
+        inside = (keys > FIRST_KEY) & (keys >= first) & (keys <= last)
+        least = tl.minimum(least, tl.min(tl.where(inside, keys, -FIRST_KEY)))
+        greatest = tl.maximum(greatest, tl.max(tl.where(inside, keys, FIRST_KEY)))
+    return least, greatest
+
+
+@triton.jit
 def _largest_reaching(
     target,
     head,
@@ -153,24 +179,33 @@ def _largest_reaching(
     CHUNKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The largest key from which on the weights reach the target; FIRST_KEY if none does."""
+    """The largest key from which on the weights reach the target; FIRST_KEY if none does.
+
+    It is in found .. found + 2 step - 1. Bits that all keys there share are known, and with one key
+    there it is that.
+    """
     head_weights = _weights(head, IS_MASS)
-    found, step = tl.full([], FIRST_KEY, tl.int64), tl.full([], -FIRST_KEY, tl.int64)
-    for _ in range(KEY_BITS):
-        weight = _weight_from(
-            found + step,
-            head,
-            head_weights,
-            candidates,
-            counts,
-            widest,
-            IS_MASS,
-            CHUNK,
-            CHUNKS,
-            WIDTH,
+    found = tl.full([], FIRST_KEY, tl.int64)
+    whole = _weight_from(
+        *(found, head, head_weights, candidates, counts, widest, IS_MASS, CHUNK, CHUNKS, WIDTH)
+    )
+    step = tl.where(whole >= target, -found, 0)
+    while step > 0:
+        least, greatest = _ends(
+            *(found, found + 2 * step - 1, head, candidates, counts, widest, CHUNK, CHUNKS, WIDTH)
         )
-        found = tl.where(weight >= target, found + step, found)
-        step = step >> 1
+        place, differing = least - FIRST_KEY, (least - FIRST_KEY) ^ (greatest - FIRST_KEY)
+        while (step > 0) & ((differing & step) == 0):
+            step = step >> 1
+        open_bits = tl.where(step > 0, 2 * step - 1, 0)
+        found = FIRST_KEY + (place & ~open_bits)
+        for _ in range(BITS_AT_ONCE):
+            weight = _weight_from(
+                *(found + step, head, head_weights, candidates, counts, widest),
+                *(IS_MASS, CHUNK, CHUNKS, WIDTH),
+            )
+            found = tl.where(weight >= target, found + step, found)
+            step = step >> 1
     return found
 
 
@@ -233,7 +268,7 @@ def find_thresholds(logits: Tensor, settings: Tensor) -> Tensor:
     candidates, counts = empty_candidates(rows, chunks, device)
     masses = torch.empty(rows, chunks, EDGES, dtype=torch.float64, device=device)
     _masses_kernel[(rows, chunks)](
-        logits, settings, masses, vocab_size, CHUNK=CHUNK, EDGES=EDGES, num_warps=8
+        logits, settings, masses, vocab_size, CHUNK=CHUNK, EDGES=EDGES, num_warps=4
     )
     chunks_2 = triton.next_power_of_2(chunks)
     _gather_kernel[(rows, chunks)](
@@ -241,7 +276,7 @@ def find_thresholds(logits: Tensor, settings: Tensor) -> Tensor:
         CHUNK=CHUNK,
         CHUNKS=chunks_2,
         EDGES=EDGES,
-        num_warps=8,
+        num_warps=4,
     )
     thresholds = torch.empty(rows, dtype=torch.int64, device=device)
     _threshold_kernel[(rows,)](
