@@ -2,9 +2,10 @@
 
     h = residual + x;  gate, up = split(norm(h) @ gate_up.T);  y = silu(gate) * up
 
-Each rounding is that of the parts (add_rms_norm, linear, swiglu). Their composition is the twin, and
-what runs for more tokens than the kernel takes. Each program holds some rows of gate and of up and
-norms every token for itself, as in norm_qkv_rope.py.
+Each rounding is that of the parts (add_rms_norm, linear, swiglu), but a half type forgives SwiGLU's
+quotient its last two bits. Their composition is the twin, and what runs for more tokens than the
+kernel takes. Each program holds some rows of gate and of up and norms every token for itself, as in
+norm_qkv_rope.py.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -114,7 +115,7 @@ def norm_swiglu_triton(
     x: Tensor, residual: Tensor, norm: Tensor, eps: float, gate_up: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As the twin, all tensors contiguous."""
-    fits = 0 < len(x) and x.shape[1] <= MOST_HIDDEN
+    fits = len(x) > 0 and x.shape[1] <= MOST_HIDDEN
     few = fits and pick(FEW, x.device, len(x))["FEW"]
     return (norm_swiglu_few if few else partial(composed, TRITON))(x, residual, norm, eps, gate_up)
 

@@ -5,7 +5,7 @@ Never imports a kernel (the model brings one) and never reads a file (weights.py
 A weight's `parts` are the whole truth about loading: see WeightPart.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
