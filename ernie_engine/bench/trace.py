@@ -4,8 +4,8 @@ Owns the reading of events: which belong to which step, and every figure made of
 records (bench/recorder.py). Times in microseconds. Where there is no GPU its figures are None.
 
 A step, here, is the host's time from planning it to planning the next: it holds each phase once,
-though what is waited for and committed may be an earlier step's. A kernel belongs to the step whose
-time its launch lies in, so clocks of host and GPU need not agree to the microsecond.
+though what is waited for, committed and delivered may be an earlier step's. A kernel belongs to the
+step whose time its launch lies in, so clocks of host and GPU need not agree to the microsecond.
 """
 
 from bisect import bisect_right

@@ -51,7 +51,8 @@ class EngineCore:
         pool = BlockPool(self.num_kv_blocks)
         self.scheduler = Scheduler(limits, pool, digest_key=secrets.token_bytes(32))
         depth = self.config.max_steps_in_flight
-        self.loop = EngineLoop(self.scheduler, self.ranks, depth, self.phases)
+        replays = self.num_graphs > 0
+        self.loop = EngineLoop(self.scheduler, self.ranks, depth, self.phases, replays)
         self.ranks.on_failure(self.loop.fail)
         self.is_held = False  # a thread hangs in a step and will not end
 

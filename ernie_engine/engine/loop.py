@@ -1,9 +1,9 @@
 """The engine's heartbeat: arrivals -> schedule -> launch -> sample -> commit, in its own thread.
 
 Owns the inbox and the deque of steps in flight. Everything that changes what the scheduler sees
-(arrivals, aborts, the end) enters by the inbox, between two steps. What a step brought is delivered
-once the next one is launched: whom that wakes has Python's lock while this thread waits for the
-GPU, and holds up no launch. Decides nothing itself.
+(arrivals, aborts, the end) enters by the inbox, between two steps. Where decode steps are replayed,
+what a step brought is delivered once the next one is launched: whom that wakes has Python's lock
+while this thread waits for the GPU, and holds up no launch. Decides nothing itself.
 """
 
 import logging
@@ -23,7 +23,6 @@ from ernie_engine.engine.stage import plan_frame
 
 logger = logging.getLogger(__name__)
 _FAILED = "the engine failed"
-QUICK_TOKENS = 2048  # launching more takes tens of milliseconds: what has come is delivered before
 
 
 class EngineDeadError(RuntimeError):
@@ -69,7 +68,10 @@ class _Stop:
 
 
 class EngineLoop:
-    """Runs the scheduler and the ranks until close(); safe to call from any thread."""
+    """Runs the scheduler and the ranks until close(); safe to call from any thread.
+
+    `replays`: to launch a step of single tokens takes a millisecond at most, as with CUDA graphs.
+    """
 
     def __init__(
         self,
@@ -77,7 +79,9 @@ class EngineLoop:
         ranks: Ranks,
         max_steps_in_flight: int,
         phases: Phases | None = None,
+        replays: bool = False,
     ):
+        self._replays = replays
         self._scheduler, self._ranks, self._depth = scheduler, ranks, max_steps_in_flight
         self._phase = phases or Phases()
         self._inbox: queue.SimpleQueue[_Arrival | _Abort | _Stop] = queue.SimpleQueue()
@@ -205,7 +209,7 @@ class EngineLoop:
             with self._phase("schedule"):
                 plan = self._scheduler.schedule()
         if plan is not None:
-            if sum(plan.num_tokens) > QUICK_TOKENS:
+            if plan.num_tokens[-1] > 1:  # longer rows come last: perhaps it is launched for long
                 self._deliver()
             self._launch(plan)
         self._deliver()
@@ -223,6 +227,8 @@ class EngineLoop:
             frame = pending.wait()
         with self._phase("commit"):
             self._undelivered = self._scheduler.commit(plan, decode_result(frame))
+        if not self._replays:
+            self._deliver()
 
     def _stamp_started(self, slots: Collection[int]) -> None:
         for request in self._scheduler.running if slots else ():

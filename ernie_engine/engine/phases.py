@@ -8,8 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 from ernie_engine.engine.plan import StepPlan
 
-# In the order of a turn; launch comes with its plan. A plan is encoded to bytes and read again;
-# what is waited for and committed is the oldest step's result, what is delivered the one's before.
+# In the order of a turn that replays a step of single tokens; else what was committed is delivered
+# at once, or before a launch that may take long. launch comes with its plan. A plan is encoded to
+# bytes and read again; what is waited for and committed is the oldest step's result.
 PHASES = ("schedule", "encode", "read", "launch", "sample", "deliver", "wait", "commit")
 
 Watcher = Callable[[str, StepPlan | None], AbstractContextManager[None]]

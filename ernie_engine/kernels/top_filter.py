@@ -46,7 +46,7 @@ CANDIDATES = [
 
 @triton.jit
 def _edge(i, EDGES: tl.constexpr):
-    """A z from 0 to -16, close together where tokens weigh most; the last is below all."""
+    """A z from 0 down to -14, close together where tokens weigh most; the last is below all."""
     return tl.where(i == EDGES - 1, -float("inf"), i * i * (-16.0 / (EDGES * EDGES)))
 
 

@@ -129,6 +129,7 @@ def test_a_watcher_sees_every_phase_of_every_step_in_turn():
         yield
 
     rig.phases.watcher = watch
+    rig.loop._replays = True
     rig.submit(sink, 2)
     rig.gate.let(100)
     take(sink, 2)
@@ -138,27 +139,49 @@ def test_a_watcher_sees_every_phase_of_every_step_in_turn():
     assert seen == [*turns[0], *turns[1], ("deliver", None)]
 
 
-@pytest.mark.parametrize("is_quick", [True, False])
-def test_what_came_is_delivered_once_the_next_step_is_launched_if_that_is_quick(
-    rig, monkeypatch, is_quick
-):
-    if not is_quick:
-        monkeypatch.setattr("ernie_engine.engine.loop.QUICK_TOKENS", 0)
+def launches_when_told(rig, length: int, prompt_in: int | None = None) -> list[int]:
+    """How many steps were launched when each token of a request was told; before `prompt_in` is
+    taken in, a prompt of two tokens arrives."""
     mine, launched = SimpleQueue(), []
 
     def put(batch):
         launched.append(len(rig.books.plans))
         mine.put(batch)
 
-    rig.submit(SimpleNamespace(put=put), 3)
-    rig.gate.let(3)
-    take(mine, 3)
-    before = rig.depth  # launched when the first step is taken in
-    assert launched[0] == min(3, before + is_quick)
-    assert launched[2] == 3  # behind the last step there is none
+    rig.submit(SimpleNamespace(put=put), length)
+    for step in range(length):
+        if step == prompt_in:
+            rig.gate.wait_launched(rig.depth)
+            rig.loop.submit([Request(9, [5, 6], SamplingSpec(), 3)], SimpleQueue())
+        rig.gate.let(1)
+        take(mine)
+    return launched
+
+
+def test_what_came_is_delivered_once_the_next_step_is_replayed(rig):
+    rig.loop._replays = True
+    length = rig.depth + 3
+    # When a step is taken in, `depth` were launched since; then one more, while there is one.
+    assert launches_when_told(rig, length) == [
+        min(length, step + 1 + rig.depth) for step in range(length)
+    ]
+
+
+def test_what_came_is_delivered_at_once_where_launching_is_slow(rig):
+    length = rig.depth + 3
+    assert launches_when_told(rig, length) == [
+        min(length, step + rig.depth) for step in range(length)
+    ]
+
+
+def test_what_came_is_delivered_before_a_prompt_is_launched(rig):
+    rig.loop._replays = True
+    told = launches_when_told(rig, 1 + rig.depth, prompt_in=0)
+    assert told[0] == rig.depth  # the prompt is in the step after
 
 
 def test_what_came_is_told_before_the_death_by_a_launch(rig):
+    rig.loop._replays = True
     mine, launch = SimpleQueue(), rig.books.launch
 
     def fail(plan):

@@ -64,10 +64,11 @@ def check(cases, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 3])
 @pytest.mark.parametrize("op", KERNELS)
-def test_a_captured_launch_reads_what_is_there_when_it_is_replayed(op):
-    case = next(iter(CASES[op](SHAPES["0.3B"], 3, torch.bfloat16)), None)
-    case = case or next(iter(CASES[op](SHAPES["21B tp4"], 3, torch.bfloat16)))
+def test_a_captured_launch_reads_what_is_there_when_it_is_replayed(op, num_tokens):
+    case = next(iter(CASES[op](SHAPES["0.3B"], num_tokens, torch.bfloat16)), None)
+    case = case or next(iter(CASES[op](SHAPES["21B tp4"], num_tokens, torch.bfloat16)))
     device, kernel = torch.device("cuda"), IMPLEMENTATIONS[op]["triton"]
     arguments = make_arguments(case, device)
     kernel(*arguments)  # compiles
