@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 MOST_TOKENS = 8  # more would wait for one another; products of tiles take over
+MOST_HIDDEN = 8192  # columns, where a program holds rows of gate and of up
 
 
 @triton.jit

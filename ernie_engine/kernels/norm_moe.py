@@ -22,7 +22,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ernie_engine.kernels.gemv import dot_rows, load_rows, load_vector, normed_vector
+from ernie_engine.kernels.gemv import (
+    MOST_HIDDEN,
+    dot_rows,
+    load_rows,
+    load_vector,
+    normed_vector,
+)
 from ernie_engine.kernels.launch import DEFAULT, overlap, pick, wait_for_inputs
 from ernie_engine.kernels.moe import moe_experts_torch, moe_experts_triton
 from ernie_engine.kernels.moe_few import add_up_few, silu_product
@@ -52,7 +58,6 @@ FEW = {
     ("sm_90", 3): {"FEW": 0},
 }
 FEW_CANDIDATES = [{"FEW": 1}, {"FEW": 0}]
-MOST_HIDDEN = 8192  # columns of rows that a program holds
 MOST_POLLS = tl.constexpr(1 << 22)  # seconds; then a result is NaN, or an error would hang the card
 
 

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ernie_engine.kernels.gemv import (
+    MOST_HIDDEN,
     MOST_TOKENS,
     dot_rows,
     load_rows,
@@ -47,7 +48,6 @@ FEW = {
     ("sm_90", 2): {"FEW": 0},
 }
 FEW_CANDIDATES = [{"FEW": 1}, {"FEW": 0}]
-MOST_HIDDEN = 8192  # columns of rows that a program holds
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

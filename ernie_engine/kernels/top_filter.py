@@ -155,7 +155,7 @@ def _ends(
     CHUNKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The least and the greatest of the keys first .. last, of which there is one."""
+    """The least and the greatest of the keys first .. last, of which there is at least one."""
     inside = (head > FIRST_KEY) & (head >= first) & (head <= last)
     least = tl.min(tl.where(inside, head, -FIRST_KEY))
     greatest = tl.max(tl.where(inside, head, FIRST_KEY))
@@ -189,12 +189,13 @@ def _largest_reaching(
     whole = _weight_from(
         *(found, head, head_weights, candidates, counts, widest, IS_MASS, CHUNK, CHUNKS, WIDTH)
     )
-    step = tl.where(whole >= target, -found, 0)
+    step = tl.where(whole >= target, -found, 0)  # half of all keys, or there is nothing to find
     while step > 0:
         least, greatest = _ends(
             *(found, found + 2 * step - 1, head, candidates, counts, widest, CHUNK, CHUNKS, WIDTH)
         )
-        place, differing = least - FIRST_KEY, (least - FIRST_KEY) ^ (greatest - FIRST_KEY)
+        place = least - FIRST_KEY
+        differing = place ^ (greatest - FIRST_KEY)
         while (step > 0) & ((differing & step) == 0):
             step = step >> 1
         open_bits = tl.where(step > 0, 2 * step - 1, 0)

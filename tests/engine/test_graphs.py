@@ -8,6 +8,7 @@ import importlib
 import pkgutil
 import random
 import threading
+from contextlib import contextmanager
 
 import pytest
 from triton import knobs
@@ -87,6 +88,22 @@ def test_replayed_equals_eager(tiny, alone, replays, depth, budget):
     assert all(output.num_cached_tokens % 16 == 0 for output in again)
     used = replays[engine._core.num_graphs :]
     assert {shape.num_decodes > 0 for shape in used} == {True, False}
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_tokens_are_delivered_behind_the_launch_of_a_step_that_is_replayed(tiny, eager):
+    seen = []
+
+    @contextmanager
+    def watch(name, plan):
+        seen.append(name)
+        yield
+
+    with opened(tiny, enforce_eager=eager, max_steps_in_flight=1) as engine:
+        engine.phases.watcher = watch
+        engine.generate([5, 6], SamplingParams(max_tokens=9, ignore_eos=True), use_tqdm=False)
+    before = {seen[i - 1] for i, name in enumerate(seen[:-1]) if name == "deliver"}
+    assert before == {"commit" if eager else "sample"}
 
 
 @pytest.mark.parametrize("depth", [1, 2])

@@ -4,6 +4,7 @@ import threading
 import time
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from queue import SimpleQueue
 from types import SimpleNamespace
 
@@ -68,14 +69,14 @@ class Gate:
 class Rig:
     """A loop over a gated fake runner."""
 
-    def __init__(self, depth: int):
+    def __init__(self, depth: int, replays: bool):
         limits = Limits(max_num_seqs=4, max_num_batched_tokens=64, block_size=4)
         self.scheduler = Scheduler(limits, BlockPool(64), digest_key=b"test")
-        self.books, self.depth = Books(), depth
+        self.books, self.depth, self.replays = Books(), depth, replays
         self.gate = Gate(self.books)
         self.phases = Phases()
         ranks = Alone(self.gate, phases=self.phases)
-        self.loop = EngineLoop(self.scheduler, ranks, depth, self.phases)
+        self.loop = EngineLoop(self.scheduler, ranks, depth, self.phases, replays)
 
     def submit(self, sink, *lengths: int, first_id: int = 0) -> list[Request]:
         requests = [
@@ -86,9 +87,9 @@ class Rig:
         return requests
 
 
-@pytest.fixture(params=[1, 2, 3])
+@pytest.fixture(params=product([1, 2, 3], [False, True]), ids=str)
 def rig(request):
-    rig = Rig(depth=request.param)
+    rig = Rig(*request.param)
     yield rig
     rig.gate.let(1000)
     rig.loop.close()
@@ -121,7 +122,7 @@ def test_each_sink_gets_what_a_step_brought_it_at_once(rig):
 
 
 def test_a_watcher_sees_every_phase_of_every_step_in_turn():
-    rig, sink, seen = Rig(depth=1), SimpleQueue(), []
+    rig, sink, seen = Rig(depth=1, replays=True), SimpleQueue(), []
 
     @contextmanager
     def watch(name, plan):
@@ -129,7 +130,6 @@ def test_a_watcher_sees_every_phase_of_every_step_in_turn():
         yield
 
     rig.phases.watcher = watch
-    rig.loop._replays = True
     rig.submit(sink, 2)
     rig.gate.let(100)
     take(sink, 2)
@@ -139,9 +139,9 @@ def test_a_watcher_sees_every_phase_of_every_step_in_turn():
     assert seen == [*turns[0], *turns[1], ("deliver", None)]
 
 
-def launches_when_told(rig, length: int, prompt_in: int | None = None) -> list[int]:
-    """How many steps were launched when each token of a request was told; before `prompt_in` is
-    taken in, a prompt of two tokens arrives."""
+def launches_when_told(rig, length: int, then_prompt: bool = False) -> list[int]:
+    """How many steps were launched when each token of a request was told. `then_prompt`: a prompt
+    of two tokens is there when the first step is taken in."""
     mine, launched = SimpleQueue(), []
 
     def put(batch):
@@ -149,39 +149,28 @@ def launches_when_told(rig, length: int, prompt_in: int | None = None) -> list[i
         mine.put(batch)
 
     rig.submit(SimpleNamespace(put=put), length)
-    for step in range(length):
-        if step == prompt_in:
-            rig.gate.wait_launched(rig.depth)
-            rig.loop.submit([Request(9, [5, 6], SamplingSpec(), 3)], SimpleQueue())
+    rig.gate.wait_launched(rig.depth)
+    if then_prompt:
+        rig.loop.submit([Request(9, [5, 6], SamplingSpec(), 3)], SimpleQueue())
+    for _ in range(length):
         rig.gate.let(1)
         take(mine)
     return launched
 
 
-def test_what_came_is_delivered_once_the_next_step_is_replayed(rig):
-    rig.loop._replays = True
+def test_what_came_is_delivered_at_once_or_behind_a_replayed_step(rig):
     length = rig.depth + 3
-    # When a step is taken in, `depth` were launched since; then one more, while there is one.
-    assert launches_when_told(rig, length) == [
-        min(length, step + 1 + rig.depth) for step in range(length)
-    ]
-
-
-def test_what_came_is_delivered_at_once_where_launching_is_slow(rig):
-    length = rig.depth + 3
-    assert launches_when_told(rig, length) == [
-        min(length, step + rig.depth) for step in range(length)
-    ]
+    # When a step is taken in, `depth` were launched since; then perhaps one more, while there is.
+    expected = [min(length, step + rig.depth + rig.replays) for step in range(length)]
+    assert launches_when_told(rig, length) == expected
 
 
 def test_what_came_is_delivered_before_a_prompt_is_launched(rig):
-    rig.loop._replays = True
-    told = launches_when_told(rig, 1 + rig.depth, prompt_in=0)
-    assert told[0] == rig.depth  # the prompt is in the step after
+    assert launches_when_told(rig, 1 + rig.depth, then_prompt=True)[0] == rig.depth
+    assert any(max(plan.num_tokens) == 2 for plan in rig.books.plans)
 
 
 def test_what_came_is_told_before_the_death_by_a_launch(rig):
-    rig.loop._replays = True
     mine, launch = SimpleQueue(), rig.books.launch
 
     def fail(plan):
