@@ -54,6 +54,7 @@ class Recorder:
         num_steps = excerpt.num_steps
         self._num_left = None if num_steps is None else excerpt.settle + num_steps + depth
         self._num_seen, self._has_begun, self._is_on = 0, False, False
+        self._in_phase = threading.RLock()  # the loop's thread has it from a phase's begin to its end
         if excerpt.batch is None and excerpt.first == 0:
             self._start()  # now: a step's plan is made before it can be counted
 
@@ -84,11 +85,18 @@ class Recorder:
             self._gpu.stop()
         self._is_on = False
 
+    def finish_phase(self) -> None:
+        """Wait for the end of the phase that runs, if one does: whoever is delivered the last tokens
+        may be here before that is noted."""
+        with self._in_phase:
+            pass
+
     @contextmanager
     def _range(self, name: str, plan: StepPlan | None) -> Iterator[None]:
-        began = time.time_ns()
-        yield
-        self.events.append(self._event(name, began, time.time_ns(), plan))
+        with self._in_phase:
+            began = time.time_ns()
+            yield
+            self.events.append(self._event(name, began, time.time_ns(), plan))
 
     def _event(self, name: str, began: int, ended: int, plan: StepPlan | None) -> Event:
         where = {"pid": os.getpid(), "tid": threading.get_native_id()}  # as kineto's calls
@@ -165,6 +173,7 @@ class Tracer:
         self._phases.watcher = recorder
         try:
             run()
+            recorder.finish_phase()
         finally:
             self._phases.watcher = None
             recorder.stop()

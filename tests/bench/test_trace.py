@@ -1,6 +1,7 @@
 """What is read out of a trace: made-up events of a GPU, then real ones of the tiny engine."""
 
 import json
+import threading
 import time
 from types import SimpleNamespace
 
@@ -204,6 +205,26 @@ def test_the_tiny_engines_steps(tiny, tmp_path):
         inside = [e for e in events if e["cat"] == "phase"]
         inside = [e for e in inside if step["ts"] <= e["ts"] < step["ts"] + step["dur"]]
         assert [e["name"] for e in inside] == [*phases, "deliver"]
+
+
+def test_the_phase_that_delivers_the_last_tokens_is_kept(tmp_path):
+    """Whoever waits for them goes on before the loop's thread has left it."""
+    phases, delivered = Phases(), threading.Event()
+    plan = SimpleNamespace(slots=[0], num_tokens=[1], step_id=0)
+
+    def loop():
+        with phases("launch", plan):
+            pass
+        with phases("deliver"):
+            delivered.set()
+            time.sleep(0.05)
+
+    def run():
+        threading.Thread(target=loop, daemon=True).start()
+        assert delivered.wait(10)
+
+    found = Tracer(tmp_path / "trace.json", phases, False, 1).trace("b=1", Excerpt(), run)
+    assert found["phases_us"]["deliver"] >= 50_000
 
 
 class NoKernels:
