@@ -54,7 +54,7 @@ class Recorder:
         num_steps = excerpt.num_steps
         self._num_left = None if num_steps is None else excerpt.settle + num_steps + depth
         self._num_seen, self._has_begun, self._is_on = 0, False, False
-        self._in_phase = threading.RLock()  # the loop's thread has it from a phase's begin to its end
+        self._in_phase = threading.RLock()  # the loop's thread has it while a phase lasts
         if excerpt.batch is None and excerpt.first == 0:
             self._start()  # now: a step's plan is made before it can be counted
 
@@ -86,7 +86,7 @@ class Recorder:
         self._is_on = False
 
     def finish_phase(self) -> None:
-        """Wait for the end of the phase that runs, if one does: whoever is delivered the last tokens
+        """Wait for the end of the phase that runs, if one does: whom the last tokens are delivered to
         may be here before that is noted."""
         with self._in_phase:
             pass
