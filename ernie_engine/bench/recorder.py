@@ -86,8 +86,8 @@ class Recorder:
         self._is_on = False
 
     def finish_phase(self) -> None:
-        """Wait for the end of the phase that runs, if one does: whom the last tokens are delivered to
-        may be here before that is noted."""
+        """Wait for the end of the phase that runs, if one does: the last tokens may be here before
+        their delivery is noted."""
         with self._in_phase:
             pass
 
