@@ -38,7 +38,7 @@ class EngineCore:
         self.phases = Phases()
         self.ranks, runner = gather_ranks(description, self.phases)
         self.num_kv_blocks, self.ops = runner.kv.num_blocks, runner.ops
-        self.num_graphs, self._compilations = len(runner.graphs), compile_counter()
+        self._graphs, self._compilations = runner.graphs, compile_counter()
         self._calls_untold = self.config.log_kernels
         limits = Limits(
             max_num_seqs=self.config.max_num_seqs,
@@ -49,9 +49,9 @@ class EngineCore:
             num_stages=self.config.pipeline_parallel_size,
         )
         pool = BlockPool(self.num_kv_blocks)
-        self.scheduler = Scheduler(limits, pool, digest_key=secrets.token_bytes(32))
-        depth = self.config.max_steps_in_flight
-        replays = self.num_graphs > 0
+        rooms = runner.graphs.rooms()
+        self.scheduler = Scheduler(limits, pool, secrets.token_bytes(32), rooms)
+        depth, replays = self.config.max_steps_in_flight, bool(rooms)
         self.loop = EngineLoop(self.scheduler, self.ranks, depth, self.phases, replays)
         self.ranks.on_failure(self.loop.fail)
         self.is_held = False  # a thread hangs in a step and will not end
@@ -60,6 +60,11 @@ class EngineCore:
     def num_compilations(self) -> int:
         """Kernels that this process has taken up: once it serves, no more should come."""
         return self._compilations.count
+
+    @property
+    def num_graphs(self) -> int:
+        """Those recorded so far."""
+        return len(self._graphs)
 
     def close(self) -> None:
         """End open requests (finish_reason "abort"), the loop and the other ranks. Twice does no

@@ -48,6 +48,11 @@ class Engine:
             return
         intake = make_intake(self.config, self.model_config)
         self._opened = intake, EngineCore(description)
+        try:
+            self._loop.settle()  # speed from the first answer on; a server answers meanwhile
+        except BaseException:  # Ctrl-C too
+            self.close()
+            raise
         self.tokenizer, self.num_kv_blocks = intake.tokenizer, self._core.num_kv_blocks
 
     def generate(

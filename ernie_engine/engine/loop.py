@@ -91,6 +91,7 @@ class EngineLoop:
         self._lock = threading.Lock()  # between "is it dead?" and "then put it in the inbox"
         self._death: EngineDeadError | None = None
         self._moved_at = time.monotonic()
+        self._settled = threading.Event()  # all graphs are recorded, or never will be
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
         self._thread.start()
 
@@ -100,6 +101,12 @@ class EngineLoop:
             if self._death is not None:
                 raise EngineDeadError(str(self._death)) from self._death.__cause__
             self._inbox.put(_Arrival(requests, sink))
+
+    def settle(self) -> None:
+        """Wait until all graphs are recorded. Raises EngineDeadError if it ends before."""
+        self._settled.wait()
+        if self._death is not None:
+            raise EngineDeadError(str(self._death)) from self._death.__cause__
 
     def abort(self, request_ids: Iterable[int]) -> None:
         """End requests wherever they are; those that have ended already are left alone."""
@@ -156,6 +163,7 @@ class EngineLoop:
         sinks += [m.sink for m in self._unread() if isinstance(m, _Arrival)]
         for sink in {id(sink): sink for sink in sinks}.values():
             sink.put(death)
+        self._settled.set()
 
     def _unread(self) -> Iterator[_Arrival | _Abort | _Stop]:
         while True:
@@ -169,7 +177,10 @@ class EngineLoop:
     def _read_inbox(self) -> bool:
         """Take in all that has come; wait for something when there is nothing to do. False at
         the end."""
-        idle = not self._in_flight and not self._scheduler.has_requests
+        scheduler = self._scheduler
+        if not self._in_flight and not scheduler.has_recordings:
+            self._settled.set()
+        idle = not (self._in_flight or scheduler.has_requests or scheduler.has_recordings)
         if idle:
             self._deliver()
         while idle or not self._inbox.empty():
@@ -209,7 +220,8 @@ class EngineLoop:
             with self._phase("schedule"):
                 plan = self._scheduler.schedule()
         if plan is not None:
-            if plan.num_tokens[-1] > 1:  # longer rows come last: perhaps it is launched for long
+            is_short = plan.recording is None and plan.num_tokens[-1] == 1  # longer rows come last
+            if not is_short:  # perhaps it is launched for long
                 self._deliver()
             self._launch(plan)
         self._deliver()

@@ -64,6 +64,25 @@ class SamplingPart:
 
 
 @dataclass(frozen=True, slots=True)
+class Recording:
+    """The graph that a step records instead of running rows: the `index`-th of those there are to
+    be, proven by rows that nobody asked for, in slots and blocks that are nobody's."""
+
+    index: int
+    slots: Sequence[int]
+    block_ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class RecordingRoom:
+    """What a recording needs: slots to be proven well, slots to be proven at all, blocks."""
+
+    num_slots: int
+    fewest_slots: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """One step of all ranks. Applied in the order of the fields.
 
@@ -73,6 +92,7 @@ class StepPlan:
       table; its cached blocks come among the row's new blocks.
     Then one entry a row, rows of one query token first: slots, num_tokens (query tokens),
     num_new_blocks; new_block_ids lists the rows' new blocks one row after the other.
+    With a recording there are no rows.
     """
 
     step_id: int
@@ -85,6 +105,7 @@ class StepPlan:
     num_new_blocks: Sequence[int]
     new_block_ids: Sequence[int]
     sampling: SamplingPart
+    recording: Recording | None = None
 
 
 class TokenLogprobs(NamedTuple):  # one a token: cheaper to make than a frozen dataclass
@@ -141,6 +162,7 @@ def encode_plan(plan: StepPlan) -> bytes:
     part = plan.sampling
     for column in (part.rows, part.prompt_rows, part.prompt_offsets, part.prompt_counts):
         out.int_list(column)
+    write_recording(out, plan.recording)
     return out.done()
 
 
@@ -154,8 +176,21 @@ def decode_plan(data: bytes) -> StepPlan:
     slots, num_tokens, num_new_blocks, new_block_ids = (frame.int_list() for _ in range(4))
     part = SamplingPart(*(frame.int_list() for _ in range(4)))
     rows = slots, num_tokens, num_new_blocks, new_block_ids
+    recording = read_recording(frame)
     frame.end()
-    return StepPlan(step_id, freed, preempted, new, starts, *rows, part)
+    return StepPlan(step_id, freed, preempted, new, starts, *rows, part, recording)
+
+
+def write_recording(out: ColumnWriter, recording: Recording | None) -> None:
+    out.ints.append(recording is not None)
+    if recording is not None:
+        out.ints.append(recording.index)
+        out.int_list(recording.slots)
+        out.int_list(recording.block_ids)
+
+
+def read_recording(data: ColumnReader) -> Recording | None:
+    return Recording(data.one(), data.int_list(), data.int_list()) if data.one() else None
 
 
 def write_logprobs(out: ColumnWriter, rows: Sequence[Sequence[TokenLogprobs]]) -> None:

@@ -6,15 +6,26 @@ token budget, first come first served. No clock, no random number, no tensor, no
 
 With pipeline stages a step takes one cohort: its even share of the requests, those that ran
 longest ago; so as many steps are under way as there are stages, and none waits for a token.
+
+Graphs are recorded by steps too: all that is left of them while there is no request, and one
+after each step of requests while there are some.
 """
 
 import heapq
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ernie_engine.engine.block_pool import BlockPool, chain_digests
-from ernie_engine.engine.plan import NewSlot, SamplingPart, StepPlan, StepResult, TokenLogprobs
+from ernie_engine.engine.plan import (
+    NewSlot,
+    Recording,
+    RecordingRoom,
+    SamplingPart,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
 from ernie_engine.engine.request import FinishReason, Request, TokenOutput
 
 
@@ -71,7 +82,14 @@ class Counters:
 class Scheduler:
     """schedule() -> StepPlan, commit(plan, result) -> outputs; several steps may be in flight."""
 
-    def __init__(self, limits: Limits, pool: BlockPool, digest_key: bytes):
+    def __init__(
+        self,
+        limits: Limits,
+        pool: BlockPool,
+        digest_key: bytes,
+        recordings: Sequence[RecordingRoom] = (),
+    ):
+        """`recordings`: what each graph that is still to be recorded needs, in their order."""
         self.limits, self.pool, self.digest_key = limits, pool, digest_key
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -81,10 +99,16 @@ class Scheduler:
         self._preempted: list[int] = []
         self._in_flight: deque[_InFlight] = deque()
         self._next_step_id = 0
+        self._recordings, self._num_recorded, self._has_just_recorded = recordings, 0, False
 
     @property
     def has_requests(self) -> bool:
         return bool(self.waiting or self.running)
+
+    @property
+    def has_recordings(self) -> bool:
+        """Whether there are graphs that no step has recorded yet."""
+        return self._num_recorded < len(self._recordings)
 
     def add(self, request: Request) -> None:
         """Queue a new request. Its prompt must fit the pool and, unchunked, a step."""
@@ -102,12 +126,35 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None if no request can move before a step in flight is committed."""
+        if self.has_recordings and (plan := self._record()) is not None:
+            return plan
         draft = _Draft(self.limits.max_num_batched_tokens, self._cohort_size())
         num_preempted = len(self._preempted)
         self._continue_running(draft)
         if len(self._preempted) == num_preempted:  # else blocks are short
             self._admit_waiting(draft)
         return self._launch(draft) if draft.rows else None
+
+    def _record(self) -> StepPlan | None:
+        """A recording, unless it is the turn of requests or they leave no room for it.
+
+        Its slots and blocks are free again at once: steps run in order. What the blocks held of a
+        prefix is forgotten.
+        """
+        room = self._recordings[self._num_recorded]
+        slots = self._free_slots[: room.num_slots]
+        is_due = not (self._has_just_recorded and self.has_requests)
+        self._has_just_recorded = False
+        if not is_due or len(slots) < room.fewest_slots:
+            return None
+        block_ids = self.pool.take((), room.num_blocks)
+        if block_ids is None:
+            return None
+        self.pool.release(block_ids)
+        recording = Recording(self._num_recorded, slots, block_ids)
+        self._num_recorded += 1
+        self._has_just_recorded = True
+        return replace(self._launch(_Draft(0, 0)), recording=recording)
 
     def _cohort_size(self) -> int:
         """How many requests a step may move: an even share, so that each stage has work."""

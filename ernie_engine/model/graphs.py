@@ -1,8 +1,9 @@
 """CUDA graphs: forward passes of a few sizes, recorded once and replayed for every step that fits.
 
-Owns the sizes, their buffers, and the choice between replay and eager, which a step's shape alone
-decides, so that all ranks of a stage choose alike. A step is padded to its graph's size with rows
-of the spare slot. Never records what the host takes part in: sampling, transfers between stages.
+Owns the sizes, their buffers, and the choice between replay and eager, which a step's shape and
+what plans had recorded decide, so that all ranks of a stage choose alike. A step is padded to its
+graph's size with rows of the spare slot. Never records what the host takes part in: sampling,
+transfers between stages.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ernie_engine.engine.plan import Recording, RecordingRoom
 from ernie_engine.engine_config import ResolvedConfig
 from ernie_engine.kernels.registry import PARTS, Ops
 from ernie_engine.model.batch import StepShape
@@ -42,8 +44,8 @@ def obstacle(config: ResolvedConfig, ops: Ops) -> str | None:
 
 @dataclass(frozen=True)
 class GraphShapes:
-    """The shapes that are recorded, small ones first, of equal ones short contexts first. In those
-    of `decode` every row has one token; a mixed one has a row more than the steps it holds, for
+    """The shapes that are recorded, by size, of equal ones short contexts first. In those of
+    `decode` every row has one token; a mixed one has a row more than the steps it holds, for
     tokens of padding."""
 
     decode: Sequence[StepShape]
@@ -63,9 +65,10 @@ class GraphShapes:
 
     @property
     def largest_first(self) -> list[StepShape]:
-        """The largest of both kinds, then the others, small ones first. They share one pool of
-        memory, which those two make large enough for nearly all: what keys in parts leave of a
-        smaller step may take some more, for which each graph has room set aside."""
+        """In the order of recording: the largest of both kinds, then the others, small ones first.
+        They share one pool of memory, which those two make large enough for nearly all: what keys
+        in parts leave of a smaller step may take some more, for which each graph has room set
+        aside."""
         largest = [*self.mixed[-1:], *self.decode[-1:]]
         return [*largest, *self.decode[:-1], *self.mixed[:-1]]
 
@@ -137,6 +140,16 @@ class CudaRecorder:
         return output, graph.replay
 
 
+class Maker(Protocol):
+    """What makes graphs: model/recording.py."""
+
+    def room(self, shape: StepShape) -> RecordingRoom: ...
+
+    def make(
+        self, shape: StepShape, slots: Sequence[int], block_ids: Sequence[int]
+    ) -> "StepGraph": ...
+
+
 class StepGraph:
     """One shape's recording: its inputs [2, R] int64 (slots and query tokens) and `stream` [T, H],
     shared with other shapes; its output, valid until any graph is replayed."""
@@ -156,6 +169,10 @@ class StepGraph:
 
     def record(self, recorder: Recorder) -> None:
         self._output, self._replay = recorder.record(self.run)
+
+    def drop(self) -> None:
+        """The recording, wherever this object is still held: see StepGraphs.drop()."""
+        self._output = self._replay = None
 
     def fill(self, slots: Sequence[int], counts: Sequence[int], stream: Tensor | None) -> None:
         """Put a step's rows, and what the stage before sent of them, in front of padding. Most
@@ -195,17 +212,23 @@ def padded(
 
 
 class StepGraphs:
-    """The recordings of one engine on one rank."""
+    """The recordings of one engine on one rank, each made when a plan says so."""
 
-    def __init__(self, shapes: GraphShapes):
-        self.shapes = shapes
+    def __init__(self, shapes: GraphShapes, maker: Maker):
+        self.shapes, self._maker = shapes, maker
         self._graphs: dict[StepShape, StepGraph] = {}
 
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def add(self, graph: StepGraph) -> None:
-        self._graphs[graph.shape] = graph
+    def rooms(self) -> list[RecordingRoom]:
+        """What each recording needs, in their order."""
+        return [self._maker.room(shape) for shape in self.shapes.largest_first]
+
+    def record(self, recording: Recording) -> None:
+        """RuntimeError if what it gives is not what an eager run gives."""
+        shape = self.shapes.largest_first[recording.index]
+        self._graphs[shape] = self._maker.make(shape, recording.slots, recording.block_ids)
 
     def drop(self) -> None:
         """At the end, from any thread: a group of NCCL does not end while there is a graph with one
@@ -213,9 +236,19 @@ class StepGraphs:
         self._graphs.clear()
 
     def find(self, step: StepShape) -> StepGraph | None:
-        """The recording that holds a step; None: it runs eagerly."""
+        """The recording that holds a step; None, also before it is made: it runs eagerly."""
         shape = self.shapes.fit(step)
-        return None if shape is None else self._graphs[shape]
+        return None if shape is None else self._graphs.get(shape)
 
 
-NO_GRAPHS = StepGraphs(GraphShapes((), (), 0))
+class NoMaker:
+    """Where nothing is recorded."""
+
+    def room(self, shape: StepShape) -> RecordingRoom:
+        raise AssertionError("there are no shapes")
+
+    def make(self, shape: StepShape, slots: Sequence[int], block_ids: Sequence[int]) -> StepGraph:
+        raise AssertionError("nobody plans a recording")
+
+
+NO_GRAPHS = StepGraphs(GraphShapes((), (), 0), NoMaker())

@@ -3,6 +3,7 @@
 Never decides who holds a block (block_pool.py) and never moves one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,3 +53,11 @@ class KVCache:
         """The K and V caches of the rank's `index`-th layer."""
         k, v = self._data[index]
         return k, v
+
+    def fill(self, block_ids: Sequence[int], value: float) -> None:
+        """Put one number everywhere in these blocks, in all layers."""
+        self._data.index_fill_(2, torch.tensor(block_ids, device=self._data.device), value)
+
+    def copy_of(self, block_ids: Sequence[int]) -> Tensor:
+        """What these blocks hold [layers, 2, len(block_ids), block_size, Hkv, D]."""
+        return self._data.index_select(2, torch.tensor(block_ids, device=self._data.device))

@@ -7,6 +7,7 @@ sharers of a prefix do; so any number of them needs the blocks of one. Leaves al
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import nn
 
@@ -47,6 +48,17 @@ def made_up_plan(
         num_new_blocks=table_lens,
         new_block_ids=[i % num_blocks for length in table_lens for i in range(length)],
         sampling=SamplingPart() if sampling is None else sampling,
+    )
+
+
+def placed(plan: StepPlan, slots: Sequence[int], block_ids: Sequence[int]) -> StepPlan:
+    """A made-up plan with the `i`-th of these slots and blocks where it has i."""
+    return replace(
+        plan,
+        new=[replace(new, slot=slots[new.slot]) for new in plan.new],
+        starts=[(slots[slot], computed) for slot, computed in plan.starts],
+        slots=[slots[slot] for slot in plan.slots],
+        new_block_ids=[block_ids[block] for block in plan.new_block_ids],
     )
 
 
@@ -184,3 +196,14 @@ def rows_filling(shape: StepShape, longest: int) -> list[Row]:
     behind = max(count for _, count in prompts)
     rows = [*((behind + i, 1) for i in range(num_single)), *prompts]
     return sorted(rows, key=lambda row: row[1] > 1)
+
+
+def turned(rows: Sequence[Row]) -> list[Row]:
+    """Rows in another order, the last of several tokens with one fewer if it has some: what fits
+    where `rows` do, with other numbers."""
+    single = [row for row in rows if row[1] == 1]
+    longer = [row for row in rows if row[1] > 1]
+    if longer and longer[-1][1] > 2:
+        computed, count = longer[-1]
+        longer[-1] = computed, count - 1
+    return [*single[::-1], *longer[::-1]]

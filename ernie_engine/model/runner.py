@@ -83,15 +83,23 @@ class ModelRunner:
         self.promises = Promises(pipe, state, max_steps_in_flight)
         self.clock = StageClock(state.device)
         self.copies = HostCopies(state.device)
-        self._launched: tuple[StepPlan, StepOutput] | None = None
+        self._launched: tuple[StepPlan, StepOutput | None] | None = None
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> None:
-        """Bring the slots up to the plan and run its forward pass."""
+        """Bring the slots up to the plan and run its forward pass, or record one."""
         if self.state.device.type == "cuda":
             torch.cuda.set_device(self.state.device)  # of this thread, which may be a new one
         self.promises.drop(plan.freed)
         self.state.apply(plan)
+        if plan.recording is None:
+            self._launched = plan, self._run(plan)
+        else:
+            self.clock.start()
+            self.graphs.record(plan.recording)
+            self._launched = plan, None
+
+    def _run(self, plan: StepPlan) -> StepOutput:
         self.promises.keep(plan.slots)
         shape = shape_of(plan, self.state.num_blocks)
         stream = self.pipe.receive_stream(shape.num_tokens)
@@ -106,7 +114,7 @@ class ModelRunner:
             slots, counts = to_device(columns, torch.int64, self.state.device)
             output = self.forward(slots, counts, shape, stream)
         self.pipe.send_stream(output.hidden)
-        self._launched = plan, output
+        return output
 
     @torch.inference_mode()
     def sample(self, part: SamplingPart) -> PendingResult | None:
@@ -116,13 +124,22 @@ class ModelRunner:
         plan, output = self._launched
         self._launched = None
         result = None
-        if self.mesh.is_last_stage:
+        if output is None:
+            result = self._done(plan.step_id)
+        elif self.mesh.is_last_stage:
             result = self._answer(plan, part, output)
         elif self.mesh.is_first_stage and part.rows:
             at = to_device(list(part.rows), torch.int64, self.state.device)
             self.promises.expect([plan.slots[row] for row in part.rows], output.rows.slots[at])
         self.clock.stop()
         return result
+
+    def _done(self, step_id: int) -> PendingResult | None:
+        """Of a step that draws nothing."""
+        if not self.mesh.is_reporter:
+            return None
+        tokens = torch.empty(0, dtype=torch.int64)
+        return PendingResult(step_id, tokens, (), None, [], self.copies.done())
 
     def _answer(
         self, plan: StepPlan, part: SamplingPart, output: StepOutput

@@ -1,7 +1,8 @@
 """From a folder to a runner that is ready: configuration, weights, memory.
 
 Start-up values flow once: config resolved -> model filled -> memory measured -> K/V cache made ->
-kernels asked for -> graphs recorded. Owns that order. Runs no request.
+kernels asked for -> graphs ready to be recorded, each when a plan says so. Owns that order. Runs
+no request.
 """
 
 import logging
@@ -35,7 +36,7 @@ from ernie_engine.model.graphs import (
 from ernie_engine.model.kernel_cache import CacheFill
 from ernie_engine.model.kv_cache import KVCache, KVGeometry
 from ernie_engine.model.memory import GIB, kv_bytes, tell_blocks
-from ernie_engine.model.recording import GraphMaker, make_graphs
+from ernie_engine.model.recording import GraphMaker, ToldMaker
 from ernie_engine.model.rehearsal import compiling_plans, few_layers, rehearse
 from ernie_engine.model.runner import ModelRunner
 from ernie_engine.model.slots import Slots
@@ -132,7 +133,7 @@ def open_model(
     if compiles:
         _compile_kernels(config, parts.runner(kv), alive, shows_bar)
     if (maker := parts.maker(kv)) is not None:
-        graphs = make_graphs(maker, for_graphs, partial(alive, State.COMPILING), shows_bar)
+        graphs = StepGraphs(maker.shapes, ToldMaker(maker, for_graphs, shows_bar))
     runner = parts.runner(kv, graphs)
     took = time.monotonic() - started
     logger.info("the model is ready after %.1f s, with %d kernels", took, counter.count)

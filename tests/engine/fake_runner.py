@@ -7,7 +7,7 @@ shared wrongly, reused too early or never written is caught at the step where it
 
 from collections.abc import Callable, Sequence
 
-from ernie_engine.engine.plan import StepPlan, StepResult, TokenLogprobs
+from ernie_engine.engine.plan import Recording, StepPlan, StepResult, TokenLogprobs
 
 NextToken = Callable[[Sequence[int]], int]
 
@@ -21,9 +21,12 @@ class FakeRunner:
         self.computed: dict[int, int] = {}
         self.blocks: dict[int, list[int]] = {}
         self.num_prefilled = 0
+        self.recorded: list[int] = []
 
     def run(self, plan: StepPlan) -> StepResult:
         self._apply(plan)
+        if plan.recording is not None:
+            self._record(plan.recording)
         rows = list(zip(plan.slots, plan.num_tokens, strict=True))
         for slot, num_tokens in rows:
             self._write(slot, num_tokens)
@@ -56,6 +59,13 @@ class FakeRunner:
         for slot, count in zip(plan.slots, plan.num_new_blocks, strict=True):
             self.blocks[slot] += [next(ids) for _ in range(count)]
         assert next(ids, None) is None
+
+    def _record(self, recording: Recording) -> None:
+        assert not self.history.keys() & set(recording.slots), "a slot in use is recorded with"
+        self.recorded.append(recording.index)
+        for block in recording.block_ids:
+            first = block * self.block_size
+            self.cache[first : first + self.block_size] = [None] * self.block_size
 
     def _at(self, slot: int, position: int) -> int:
         block = self.blocks[slot][position // self.block_size]

@@ -14,7 +14,8 @@ import pytest
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
-from ernie_engine import SamplingParams, kernels
+from ernie_engine import EngineDeadError, SamplingParams, kernels
+from ernie_engine.engine.loop import EngineLoop
 from ernie_engine.model import recording, startup
 from ernie_engine.model.compilations import compile_counter
 from ernie_engine.model.graphs import StepGraph
@@ -88,6 +89,29 @@ def test_replayed_equals_eager(tiny, alone, replays, depth, budget):
     assert all(output.num_cached_tokens % 16 == 0 for output in again)
     used = replays[engine._core.num_graphs :]
     assert {shape.num_decodes > 0 for shape in used} == {True, False}
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_requests_are_answered_while_graphs_are_recorded(tiny, alone, replays, monkeypatch, depth):
+    """As a server does: some steps run eagerly, some recordings wait for slots or blocks."""
+    settle = EngineLoop.settle
+    monkeypatch.setattr(EngineLoop, "settle", lambda loop: None)
+    fields = {"max_num_seqs": 8, "kv_cache_memory_bytes": 34 * BLOCK_BYTES}
+    with opened(tiny, **fields, max_steps_in_flight=depth) as engine:
+        first = token_ids(engine.generate(prompts(), params(), use_tqdm=False))
+        settle(engine._loop)
+        assert engine._core.num_graphs == len(engine._core.scheduler._recordings) > 8
+        again = token_ids(engine.generate(prompts(), params(), use_tqdm=False))
+    assert first == again == alone
+
+
+def test_a_wrong_recording_ends_the_start(tiny, monkeypatch):
+    def wrong(*pair):
+        raise RuntimeError("the CUDA graph is wrong")
+
+    monkeypatch.setattr(recording, "compare", wrong)
+    with pytest.raises(EngineDeadError, match="the CUDA graph is wrong"):
+        opened(tiny)
 
 
 @pytest.mark.parametrize("eager", [True, False])

@@ -14,7 +14,7 @@ from ernie_engine import EngineDeadError, SamplingParams
 from ernie_engine.engine.block_pool import BlockPool
 from ernie_engine.engine.loop import EngineLoop
 from ernie_engine.engine.phases import PHASES, Phases
-from ernie_engine.engine.plan import SamplingSpec
+from ernie_engine.engine.plan import RecordingRoom, SamplingSpec
 from ernie_engine.engine.ranks import Alone
 from ernie_engine.engine.request import Request
 from ernie_engine.engine.scheduler import Limits, Scheduler
@@ -69,9 +69,10 @@ class Gate:
 class Rig:
     """A loop over a gated fake runner."""
 
-    def __init__(self, depth: int, replays: bool):
+    def __init__(self, depth: int, replays: bool, num_recordings: int = 0):
         limits = Limits(max_num_seqs=4, max_num_batched_tokens=64, block_size=4)
-        self.scheduler = Scheduler(limits, BlockPool(64), digest_key=b"test")
+        rooms = [RecordingRoom(2, 1, 3)] * num_recordings
+        self.scheduler = Scheduler(limits, BlockPool(64), b"test", rooms)
         self.books, self.depth, self.replays = Books(), depth, replays
         self.gate = Gate(self.books)
         self.phases = Phases()
@@ -372,3 +373,70 @@ def test_what_was_drawn_after_a_stop_string_is_dropped(gated):
 def ord_e(engine) -> int:
     (token,) = engine.tokenizer.encode("e")
     return token
+
+
+# --- recordings ---
+
+
+@pytest.fixture(params=[1, 2, 3])
+def recording_rig(request):
+    rig = Rig(request.param, True, num_recordings=4)
+    yield rig
+    rig.gate.let(1000)
+    rig.loop.close()
+    assert not rig.loop._thread.is_alive()
+
+
+def test_graphs_are_recorded_without_a_request_and_then_it_is_settled(recording_rig):
+    rig, done = recording_rig, threading.Event()
+    waiter = threading.Thread(target=lambda: (rig.loop.settle(), done.set()), daemon=True)
+    waiter.start()
+    rig.gate.let(3)
+    rig.gate.wait_launched(4)
+    assert not done.wait(0.05)
+    rig.gate.let(1)
+    assert done.wait(SOON)
+    assert rig.books.fake.recorded == [0, 1, 2, 3] and rig.gate.inner.plans[-1].step_id == 3
+    assert not rig.gate.launched.acquire(timeout=0.05), "there is nothing left to do"
+    rig.loop.settle()  # at once
+
+
+def test_who_comes_between_recordings_is_answered_between_them(recording_rig):
+    rig, sink = recording_rig, SimpleQueue()
+    rig.gate.wait_launched(rig.depth)  # of recordings, and none is done yet
+    rig.submit(sink, 3)
+    rig.gate.let(1000)
+    batches = take(sink, 3)
+    assert [len(batch) for batch in batches] == [1, 1, 1]
+    rig.loop.settle()
+    kinds = [plan.recording is not None for plan in rig.books.plans]
+    assert rig.books.fake.recorded == [0, 1, 2, 3] and kinds.index(False) == rig.depth
+
+
+def test_a_failed_recording_ends_the_engine_and_the_wait(recording_rig):
+    rig, sink = recording_rig, SimpleQueue()
+    rig.gate.error = RuntimeError("the CUDA graph is wrong")
+    rig.gate.let(1000)
+    with pytest.raises(EngineDeadError, match="the CUDA graph is wrong"):
+        rig.loop.settle()
+    with pytest.raises(EngineDeadError, match="the CUDA graph is wrong"):
+        rig.submit(sink, 3)
+
+
+def test_the_wait_ends_when_the_engine_is_closed(recording_rig):
+    rig, found = recording_rig, SimpleQueue()
+
+    def wait():
+        try:
+            rig.loop.settle()
+        except EngineDeadError as error:
+            found.put(str(error))
+
+    waiter = threading.Thread(target=wait, daemon=True)
+    waiter.start()
+    rig.gate.wait_launched(1)
+    closing = threading.Thread(target=rig.loop.close, daemon=True)
+    closing.start()
+    time.sleep(0.05)
+    rig.gate.let(1000)
+    assert found.get(timeout=SOON) == "the engine is closed"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ernie_engine.engine.columns import ColumnWriter
 from ernie_engine.engine.plan import (
     NewSlot,
+    Recording,
     SamplingPart,
     SamplingSpec,
     StepPlan,
@@ -52,6 +53,7 @@ plans = st.builds(
     num_new_blocks=ids,
     new_block_ids=ids,
     sampling=st.builds(SamplingPart, ids, ids, ids, ids),
+    recording=st.none() | st.builds(Recording, st.integers(0, 1 << 20), ids, ids),
 )
 pairs = st.lists(st.tuples(st.integers(0, 1 << 20), floats), max_size=4)
 scores = st.builds(

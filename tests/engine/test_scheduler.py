@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ernie_engine.engine.block_pool import BlockPool
 from ernie_engine.engine.plan import (
+    RecordingRoom,
     SamplingSpec,
     StepPlan,
     decode_plan,
@@ -44,9 +45,16 @@ def expected_answer(request: Request, prompt: Sequence[int]) -> tuple[list[int],
 class Simulation:
     """A loop like the engine's: `depth` steps in flight, results taken in late."""
 
-    def __init__(self, limits: Limits, num_blocks: int, depth: int):
+    def __init__(
+        self,
+        limits: Limits,
+        num_blocks: int,
+        depth: int,
+        recordings: Sequence[RecordingRoom] = (),
+    ):
         self.pool = BlockPool(num_blocks)
-        self.scheduler = Scheduler(limits, self.pool, digest_key=b"test")
+        self.scheduler = Scheduler(limits, self.pool, b"test", recordings)
+        self.num_recordings = len(recordings)
         self.runner = FakeRunner(num_blocks, limits.block_size, next_token)
         self.depth = depth
         self.in_flight = deque()
@@ -100,6 +108,7 @@ class Simulation:
 
     def check_at_rest(self) -> None:
         assert not self.scheduler.has_requests
+        assert self.runner.recorded == list(range(self.num_recordings))
         assert self.pool.num_free == self.pool.num_blocks
         assert len(self.scheduler._free_slots) == self.scheduler.limits.max_num_seqs
 
@@ -111,6 +120,7 @@ class Case:
     limits: Limits
     num_blocks: int
     num_requests: int
+    recordings: list[RecordingRoom]
 
 
 @st.composite
@@ -128,7 +138,14 @@ def cases(draw) -> Case:
     )
     fewest = -(-max_len // block_size)
     num_blocks = fewest + draw(st.integers(0, fewest))
-    return Case(draw(st.integers(0, 2**32)), draw(st.integers(1, 4)), limits, num_blocks, 30)
+    slots = st.integers(1, limits.max_num_seqs)
+    rooms = st.builds(
+        lambda a, b, blocks: RecordingRoom(max(a, b), min(a, b), blocks),
+        *(slots, slots, st.integers(1, fewest)),
+    )
+    recordings = draw(st.lists(rooms, max_size=12))
+    seed, depth = draw(st.integers(0, 2**32)), draw(st.integers(1, 4))
+    return Case(seed, depth, limits, num_blocks, 30, recordings)
 
 
 def random_request(rng: random.Random, request_id: int) -> Request:
@@ -144,7 +161,7 @@ def random_request(rng: random.Random, request_id: int) -> Request:
 @given(cases())
 def test_every_request_ends_with_its_own_answer_and_nothing_leaks(case: Case):
     rng = random.Random(case.seed)
-    sim = Simulation(case.limits, case.num_blocks, case.depth)
+    sim = Simulation(case.limits, case.num_blocks, case.depth, case.recordings)
     requests, aborted = [], set()
     while len(requests) < case.num_requests:
         if rng.random() < 0.4:
@@ -401,3 +418,84 @@ def test_blocks_without_a_prefix_are_handed_out_before_those_with_one():
     pool.release(unknown)
     assert pool.take((), 1) == unknown
     assert pool.match([bytes([block]) for block in known]) == known
+
+
+# --- recordings ---
+
+
+def recording_of(plan: StepPlan | None) -> int | None:
+    return None if plan is None or plan.recording is None else plan.recording.index
+
+
+def test_graphs_are_recorded_while_there_is_nothing_else_to_do():
+    rooms = [RecordingRoom(3, 1, 2), RecordingRoom(1, 1, 5), RecordingRoom(4, 4, 6)]
+    sim = Simulation(LIMITS, num_blocks=6, depth=2, recordings=rooms)
+    assert sim.scheduler.has_recordings and not sim.scheduler.has_requests
+    found = []
+    while sim.step():
+        if sim.last_plan.recording is not None and sim.last_plan.recording not in found:
+            found.append(sim.last_plan.recording)
+    assert [(r.index, len(r.slots), len(r.block_ids)) for r in found] == [
+        (0, 3, 2),
+        (1, 1, 5),
+        (2, 4, 6),
+    ]
+    assert not sim.scheduler.has_recordings and sim.scheduler.schedule() is None
+    sim.check_at_rest()
+
+
+def test_requests_and_recordings_take_turns():
+    rooms = [RecordingRoom(3, 1, 1)] * 3
+    sim = Simulation(LIMITS, num_blocks=64, depth=1, recordings=rooms)
+    sim.add(one(0, [5, 6], 6))
+    turns = []
+    while sim.step():
+        turns.append(recording_of(sim.last_plan))
+    assert turns == [0, None, 1, None, 2, None, None, None, None]
+    assert sim.answer(0) == expected_answer(one(0, [5, 6], 6), [5, 6])
+    sim.check_at_rest()
+
+
+@pytest.mark.parametrize(
+    "room", [RecordingRoom(4, 4, 1), RecordingRoom(1, 1, 61)], ids=["slots", "blocks"]
+)
+def test_a_recording_waits_until_requests_leave_room(room):
+    sim = Simulation(LIMITS, num_blocks=64, depth=1, recordings=[RecordingRoom(1, 1, 1), room])
+    sim.add(one(0, range(16), 5))  # takes a slot and 4 or 5 blocks
+    turns = []
+    while sim.step():
+        turns.append(recording_of(sim.last_plan))
+    assert turns == [0, None, None, None, None, None, 1]
+    sim.check_at_rest()
+
+
+def test_few_free_slots_are_enough_to_record_with():
+    sim = Simulation(
+        LIMITS, 64, depth=1, recordings=[RecordingRoom(1, 1, 1), RecordingRoom(4, 1, 1)]
+    )
+    for i in range(3):
+        sim.add(one(i, [9, i], 5))
+    plans = [run_one(sim)[0] for _ in range(3)]
+    assert [recording_of(plan) for plan in plans] == [0, None, 1]
+    assert len(plans[2].recording.slots) == 1 and not set(plans[2].recording.slots) & {0, 1, 2}
+
+
+def test_what_a_recording_writes_over_is_no_cached_prefix_any_more():
+    sim = Simulation(LIMITS, num_blocks=8, depth=1)
+    prompt = list(range(1, 20))
+    sim.add(one(0, prompt, 2))
+    sim.finish(limit=50)
+    assert sim.scheduler._cached_prefix(one(1, prompt, 2))
+    sim.scheduler._recordings = [RecordingRoom(1, 1, 8)]
+    assert recording_of(run_one(sim)[0]) == 0
+    assert not sim.scheduler._cached_prefix(one(1, prompt, 2))
+
+
+def test_a_slot_is_told_to_be_free_before_it_is_recorded_with():
+    sim = Simulation(LIMITS, num_blocks=8, depth=1, recordings=[RecordingRoom(4, 4, 1)])
+    sim.scheduler._has_just_recorded = True
+    sim.add(request := one(0, [5, 6], 6))
+    sim.step()
+    sim.abort(request)
+    plan, _ = run_one(sim)
+    assert recording_of(plan) == 0 and plan.freed == [0] and 0 in plan.recording.slots

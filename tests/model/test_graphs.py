@@ -10,7 +10,7 @@ import pytest
 import torch
 from triton import knobs
 
-from ernie_engine.engine.plan import NewSlot, SamplingPart, SamplingSpec, StepPlan
+from ernie_engine.engine.plan import NewSlot, Recording, SamplingPart, SamplingSpec, StepPlan
 from ernie_engine.engine_config import EngineConfig
 from ernie_engine.kernels.registry import select
 from ernie_engine.model import graphs, recording
@@ -307,17 +307,76 @@ def maker_of(runner, recorder) -> recording.GraphMaker:
     return recording.GraphMaker(runner.forward, shapes, recorder, None)
 
 
-def test_all_graphs_are_made_and_checked_and_the_slots_are_free(runner):
-    recorder, beats = Rerun(), []
+def graphs_of(maker) -> graphs.StepGraphs:
+    return graphs.StepGraphs(maker.shapes, maker)
+
+
+def record_all(made: graphs.StepGraphs, slots=range(NUM_SLOTS), blocks=range(20)) -> None:
+    for index in range(len(made.rooms())):
+        made.record(Recording(index, slots, blocks))
+
+
+def test_all_graphs_are_made_and_compared_and_the_slots_are_free(runner):
+    recorder = Rerun()
     runner.kv._data.zero_()
     maker = maker_of(runner, recorder)
-    made = maker.make_all(lambda: beats.append(1), shows_bar=False)
+    made = graphs_of(maker)
+    assert made.find(StepShape(2, 2, 2, 1, 5)) is None  # before it is recorded
+    record_all(made)
     state = runner.state
-    assert len(made) == recorder.num_replays == len(beats) == 4 and not maker.inexact
+    assert len(made) == recorder.num_replays == 4 and not maker.inexact
     assert not (state.specs or state.host_prompt_lens or state.num_blocks)
     assert state.num_computed[state.spare] == 0 and not state.history[state.spare].any()
     assert made.find(StepShape(2, 2, 2, 1, 5)).shape.num_rows == 3
     assert made.find(StepShape(4, 4, 4, 1, 5)) is None
+
+
+def test_each_recording_is_one_of_the_shapes_in_their_order(runner):
+    made = graphs_of(maker := maker_of(runner, Rerun()))
+    for index, shape in enumerate(maker.shapes.largest_first):
+        made.record(Recording(index, range(9), range(20)))
+        assert list(made._graphs) == maker.shapes.largest_first[: index + 1]
+        assert made._graphs[shape].shape == shape
+
+
+def test_a_recording_touches_the_slots_and_blocks_that_it_is_given_and_no_others(runner):
+    """With fewer slots than it would like, and requests in the others."""
+    state, data = runner.state, fresh_cache(runner.forward, 0.0)
+    plan = plan_of({slot: (10 + slot, 1) for slot in (0, 2, 5)})
+    state.apply(plan)
+    blocks = [3, 50, 14, 77]
+    kept = [i for i in range(runner.kv.num_blocks) if i not in blocks]
+    before = data[:, :, kept].clone(), state.history[:NUM_SLOTS].clone(), state.num_computed.clone()
+    tables = state.block_tables.clone()
+    record_all(graphs_of(maker_of(runner, Rerun())), slots=[8, 1, 3], blocks=blocks)
+    mine = [0, 2, 5, state.spare]
+    assert torch.equal(data[:, :, kept], before[0])
+    assert torch.equal(state.history[[0, 2, 5]], before[1][[0, 2, 5]])
+    assert torch.equal(state.num_computed[mine], before[2][mine])
+    assert torch.equal(state.block_tables[mine], tables[mine])
+    assert set(state.specs) == {0, 2, 5}
+    release(state)
+
+
+def test_the_room_that_recordings_want_is_what_they_use(runner):
+    maker, seen = maker_of(runner, Rerun()), []
+    made, make = graphs_of(maker), maker._plan
+
+    def noted(rows, slots, block_ids):
+        seen.append(make(rows, slots, block_ids))
+        return seen[-1]
+
+    maker._plan = noted
+    for index, room in enumerate(made.rooms()):
+        seen.clear()
+        made.record(Recording(index, range(room.num_slots), range(room.num_blocks)))
+        assert {slot for plan in seen for slot in plan.slots} == set(range(room.num_slots))
+        assert {b for plan in seen for b in plan.new_block_ids} == set(range(room.num_blocks))
+        seen.clear()
+        made.record(Recording(index, range(room.fewest_slots), range(room.num_blocks)))
+        shape, counts = maker.shapes.largest_first[index], seen[0].num_tokens
+        padded(seen[0].slots, counts, shape, spare=99)
+        assert shape.num_decodes or 0 <= shape.num_tokens - sum(counts) <= 5
 
 
 @pytest.mark.parametrize("which, shape", [(1, "num_rows=10, num_tokens=64"), (2, "num_rows=3")])
@@ -338,11 +397,101 @@ def test_a_wrong_replay_is_found(runner, which, shape, share, is_wrong):
     maker = maker_of(runner, Wrong())
     if is_wrong:
         with pytest.raises(RuntimeError, match=rf"{shape}.*enforce_eager"):
-            maker.make_all(lambda: None, shows_bar=False)
+            record_all(graphs_of(maker))
         release(runner.state)
     else:
-        maker.make_all(lambda: None, shows_bar=False)
+        record_all(graphs_of(maker))
         assert len(maker.inexact) == (4 if which == 1 else 2)
+
+
+class Baked(Rerun):
+    """A recording that took something of the step it was made with for a number that never changes:
+    `spoil(forward, graph)` gives what is to be put back before each replay."""
+
+    def __init__(self, forward: Forward, spoil):
+        super().__init__()
+        self.forward, self.spoil = forward, spoil
+
+    def record(self, work):
+        output, replay = super().record(work)
+        put_back = self.spoil(self.forward, work.__self__)
+
+        def with_old_numbers():
+            put_back()
+            replay()
+
+        return output, with_old_numbers
+
+
+def old_columns(forward, graph):
+    columns = graph._columns.clone()
+    return lambda: graph._columns.copy_(columns)
+
+
+def old_counts(forward, graph):
+    counts = graph._columns[1].clone()
+    return lambda: graph._columns[1].copy_(counts)
+
+
+def old_tables(forward, graph):
+    """What was each row's table stays so, whatever slot it has."""
+    tables = forward.state.block_tables[graph._columns[0]]
+    return lambda: forward.state.block_tables.index_copy_(0, graph._columns[0], tables)
+
+
+def old_starts(forward, graph):
+    computed = forward.state.num_computed.clone()
+    return lambda: forward.state.num_computed.copy_(computed)
+
+
+def scratch_tables(forward, graph):
+    """All K and V go where nobody reads, though attention finds what the eager run has left."""
+    return lambda: forward.state.block_tables.fill_(forward.kv.scratch_block)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [old_columns, old_counts, old_tables, old_starts, scratch_tables],
+    ids=lambda f: f.__name__,
+)
+def test_a_number_that_became_part_of_a_recording_is_found(runner, spoil):
+    made = graphs_of(maker_of(runner, Baked(runner.forward, spoil)))
+    state = runner.state
+    tables = state.block_tables.clone()
+    with pytest.raises(RuntimeError, match="is wrong"):
+        record_all(made)
+    release(state)
+    state.block_tables.copy_(tables)
+    state.num_computed.zero_()
+
+
+def test_a_replay_that_writes_nothing_is_found_though_what_it_tells_is_right(runner):
+    """The eager run before has left the right K and V in the same blocks."""
+
+    class Unwritten(Rerun):
+        def record(self, work):
+            output, replay = super().record(work)
+            return output, lambda: (replay(), runner.kv.fill(range(20), recording.BEFORE))
+
+    with pytest.raises(RuntimeError, match="is wrong"):
+        record_all(graphs_of(maker_of(runner, Unwritten())))
+    release(runner.state)
+
+
+def test_what_recordings_took_is_told_at_the_end(runner, monkeypatch, caplog):
+    free = iter(range(1 << 40, 0, -(1 << 28)))  # each look finds 256 MiB less
+    monkeypatch.setattr(recording, "free_memory", lambda: next(free))
+    maker = maker_of(runner, Rerun())
+    made = graphs.StepGraphs(maker.shapes, recording.ToldMaker(maker, 900 << 20, False))
+    with caplog.at_level("INFO", "ernie_engine"):
+        for index in range(4):
+            assert not caplog.text
+            made.record(Recording(index, range(9), range(20)))
+    assert (
+        "4 recorded in" in caplog.text
+        and "4 with the bits of an eager run; 1.00 GiB" in caplog.text
+    )
+    assert "took more than the 0.88 GiB set aside" in caplog.text
 
 
 def test_the_bytes_of_graphs_are_two_measured_ones_and_an_estimate_of_the_others(
