@@ -38,10 +38,18 @@ def step_line(row: Mapping[str, Any]) -> str:
     is_step = "ms_per_step" in row
     time = f"{row['ms_per_step']:.2f} ms/step" if is_step else f"{row['ms']:.1f} ms"
     rate = "" if is_step else f"{row['prompt_tokens_per_s']:,.0f}"
+    notes = "; ".join(filter(None, [row.get("note", ""), _peak(row)]))
     return (
         f"{row['case']:<9} {time:>17} {rate:>13} {row['floor_ms']:>9.3g} "
-        f"{row['share_of_floor']:>6.1%}  {row['bound']:<7} {row.get('note', '')}"
+        f"{row['share_of_floor']:>6.1%}  {row['bound']:<7} {notes}"
     ).rstrip()
+
+
+def _peak(row: Mapping[str, Any]) -> str:
+    if "peak_gib" not in row:
+        return ""
+    above = row["peak_above_held_gib"]
+    return f"peak {row['peak_gib']:.1f} GiB, {above:.2f} above what was held"
 
 
 def trace_lines(trace: Mapping[str, Any]) -> str:

@@ -21,14 +21,16 @@ from ernie_engine.bench.floors import (
     mean_context,
     prefill_work,
 )
+from ernie_engine.bench.memory import MemoryPeak, Peak
 from ernie_engine.bench.recorder import Excerpt, Tracer
 from ernie_engine.bench.workload import GREEDY, SAMPLED, model_ids, random_prompts
 from ernie_engine.engine.engine import Engine
 from ernie_engine.engine.request import SamplingParams
 
 WARM_UP_TOKENS = 9
-MAX_MODEL_LEN = 33000  # what the longest case needs
+MAX_MODEL_LEN = 33000  # what all cases but 1x131071 need
 TRACED_STEPS = 20
+GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -59,19 +61,21 @@ CASES = (
     *(Case(f"{batch}x{n}", batch, n, 1) for batch, n in ((1, 128), (1, 1024))),
     *(Case(f"{batch}x{n}", batch, n, 1) for batch, n in ((16, 1024), (4, 8192), (1, 32768))),
     Case("1x1024@31k", 1, 1024, 1, cached_len=31744),
+    Case("1x131071", 1, 131071, 1),  # the longest prompt of the models, for its peak of memory
 )
 
 
 @dataclass(frozen=True)
 class CaseResult:
     """`times`: seconds a step (decode) or of the whole prefill, one a repetition. Empty if it was
-    skipped; `note` says why, or how the run departs from the definition. `trace`: figures of
-    steps traced after that, as trace.summarize()."""
+    skipped; `note` says why, or how the run departs from the definition. `peak`: of a GPU's memory
+    meanwhile. `trace`: figures of steps traced after that, as trace.summarize()."""
 
     case: Case
     times: Sequence[float] = ()
     note: str = ""
     work: Work = field(default=Work(0, 0))
+    peak: Peak | None = None
     trace: Mapping[str, Any] | None = None
 
     @property
@@ -147,7 +151,7 @@ class StepBench:
         return "skipped: budget_s is spent" if self.clock() >= self._deadline else ""
 
     def _measure(self, case: Case) -> CaseResult:
-        draw = self._prompts_of(case)
+        draw, memory = self._prompts_of(case), MemoryPeak(self.engine.config.device)
         expected = 0.0 if case.is_prefill else self._expected_seconds(case, draw())
         times: list[float] = []
         while len(times) < case.repetitions:
@@ -158,7 +162,8 @@ class StepBench:
             expected = self.clock() - began
         if not times:
             return CaseResult(case, note=f"skipped: about {expected:.0f} s a repetition")
-        result = CaseResult(case, times, _departures(case, len(times)), self._work(case))
+        note, work = _departures(case, len(times)), self._work(case)
+        result = CaseResult(case, times, note, work, memory.read())
         return self._traced(result, draw, expected)
 
     def _prompts_of(self, case: Case) -> Callable[[], list[list[int]]]:
@@ -267,5 +272,8 @@ def step_row(result: CaseResult, ceilings: Ceilings) -> dict[str, object]:
             "tflop": result.work.flops / 1e12,
             "times_ms": [1e3 * t for t in result.times],
         }
+    if result.peak is not None:
+        held, most = (num_bytes / GIB for num_bytes in result.peak)
+        row |= {"peak_gib": most, "peak_above_held_gib": most - held}
     row |= {"note": result.note} if result.note else {}
     return row | {"trace": result.trace} if result.trace is not None else row

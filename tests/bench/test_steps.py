@@ -5,9 +5,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from ernie_engine.bench.floors import Ceilings, decode_work
 from ernie_engine.bench.recorder import Excerpt
+from ernie_engine.bench.report import step_line
 from ernie_engine.bench.steps import CASES, Case, StepBench, choose_cases, step_row
 from ernie_engine.config import ModelConfig
 from tests.tiny import open_engine
@@ -29,6 +31,7 @@ class MadeUpEngine:
     tokenizer: None = None
     enable_prefix_caching: bool = False
     cached: set = field(default_factory=set)  # prompts that were read: whole ones
+    device: str = "cpu"
 
     def __post_init__(self):
         self.model_config = ModelConfig.from_folder(MOE)
@@ -38,6 +41,7 @@ class MadeUpEngine:
             max_num_batched_tokens=8192,
             block_size=16,
             dtype="bfloat16",
+            device=self.device,
             enable_prefix_caching=self.enable_prefix_caching,
         )
 
@@ -86,6 +90,7 @@ def test_the_cases_are_those_of_the_definition():
         "4x8192": (4, 8192, 1, 3),
         "1x32768": (1, 32768, 1, 3),
         "1x1024@31k": (1, 1024, 1, 3),
+        "1x131071": (1, 131071, 1, 3),
     }
 
 
@@ -218,6 +223,30 @@ def test_some_steps_in_the_middle_are_traced_after_the_times(name, excerpt):
     assert engine.calls[-1][1][0].max_tokens == case(name).num_tokens
 
 
+def test_the_longest_prompt_wants_a_context_that_holds_it():
+    assert measure(MadeUpEngine(), case("1x131071")).note == (
+        "skipped: 131072 tokens, max_model_len=33000"
+    )
+    result = measure(MadeUpEngine(max_model_len=131072), case("1x131071"))
+    assert result.times == pytest.approx([131.071] * 3)
+    assert result.peak is None and "peak_gib" not in step_row(result, H200)
+
+
+def test_the_peak_of_memory_is_told_on_a_gpu(monkeypatch):
+    """What start-up took at most is no part of it: the peak is begun anew."""
+    taken = {"now": 3 << 30, "most": 9 << 30}
+    answers = {
+        "memory_allocated": lambda _: taken["now"],
+        "max_memory_allocated": lambda _: taken["most"],
+        "reset_peak_memory_stats": lambda _: taken.update(most=5 << 30),
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    row = step_row(measure(MadeUpEngine(device="cuda:0"), case("1x128")), H200)
+    assert (row["peak_gib"], row["peak_above_held_gib"]) == (5.0, 2.0)
+    assert step_line(row).endswith("memory  peak 5.0 GiB, 2.00 above what was held")
+
+
 def test_a_budget_leaves_out_the_trace_and_says_so():
     engine, tracer = MadeUpEngine(step_s=1.0), MadeUpTracer()
     result = measure(engine, case("b=1"), budget_s=600, tracer=tracer)
@@ -227,9 +256,10 @@ def test_a_budget_leaves_out_the_trace_and_says_so():
 
 def test_cases_are_chosen_by_name_and_by_group():
     assert [c.name for c in choose_cases("prefill,b=8,b=1", None)] == [
-        *("b=1", "b=8", "1x128", "1x1024", "16x1024", "4x8192", "1x32768", "1x1024@31k")
+        *("b=1", "b=8", "1x128", "1x1024", "16x1024", "4x8192", "1x32768", "1x1024@31k"),
+        "1x131071",
     ]
-    assert len(choose_cases(None, None)) == len(CASES) == 13
+    assert len(choose_cases(None, None)) == len(CASES) == 14
     assert all(not c.is_prefill for c in choose_cases("decode", None))
     with pytest.raises(ValueError, match="b=2"):
         choose_cases("b=1,b=2", None)
