@@ -6,7 +6,7 @@ One token or two: a program holds some rows of the weight and multiplies (gemv.p
 reading the weight is still the cost. It is the left operand of a product of tiles, so that its rows
 fill the tensor cores' tile and the tokens its narrow side. A weight with few rows is cut along K as
 well, into parts whose sums the last program of a tile adds in order; into how many depends on the
-weight's shape alone. Many tokens: cuBLAS, by the size rule MAX_TOKENS.
+weight's shape alone. Many tokens: cuBLAS. Which of the three, tables by tokens say.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -23,10 +23,10 @@ from ernie_engine.kernels.launch import DEFAULT, overlap, pick, wait_for_inputs
 from ernie_engine.kernels.products import add_product, empty_sum, load_columns
 from ernie_engine.kernels.tickets import is_last, tickets
 
-# The most tokens that kernels take; above, cuBLAS is as fast as the card allows. QKV of 21B on an
-# H100: 10.9 us with the kernel at 64 tokens, 11.1 us with cuBLAS at 256.
-MAX_TOKENS = 64
-
+# By tokens: 1 = cuBLAS. QKV of 21B on an H100: 10.9 us with the kernel at 64 tokens, 11.1 us with
+# cuBLAS at 256.
+LIBRARY = {(DEFAULT, 64): {"LIBRARY": 0}, (DEFAULT, 65): {"LIBRARY": 1}}
+LIBRARY_CANDIDATES = [{"LIBRARY": 0}, {"LIBRARY": 1}]
 # By tokens.
 TABLE = {
     (DEFAULT, 16): {"BLOCK_N": 32, "BLOCK_M": 16, "BLOCK_K": 128, "num_warps": 2, "num_stages": 3},
@@ -165,7 +165,7 @@ def few_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def small_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """The kernel at any number of tokens, MAX_TOKENS or not. All tensors contiguous."""
+    """The kernel at any number of tokens, whatever LIBRARY says. All tensors contiguous."""
     (num_tokens, inner), num_rows = x.shape, len(weight)
     assert x.is_contiguous() and weight.is_contiguous()
     y = x.new_empty(num_tokens, num_rows)
@@ -197,7 +197,7 @@ def small_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def linear_triton(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, K], weight [N, K], contiguous -> [T, N]."""
-    if len(x) > MAX_TOKENS:
+    if pick(LIBRARY, x.device, len(x))["LIBRARY"]:
         return F.linear(x, weight)
     few = pick(FEW, x.device, len(x))["FEW"] and x.shape[1] <= MOST_COLUMNS
     return few_linear(x, weight) if few else small_linear(x, weight)

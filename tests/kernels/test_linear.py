@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ernie_engine.kernels import launch
 from ernie_engine.kernels import linear as module
 from ernie_engine.kernels.linear import linear_triton, num_splits, small_linear
 from tests.kernels.tile_check import assert_as_near_as_twin, half_and_single, where_kernels_run
@@ -63,13 +64,26 @@ def test_splits_fill_a_card_and_leave_large_weights_whole():
     assert num_splits(1, 1) == 1
 
 
-@pytest.mark.parametrize("rows", [64, 65])
-def test_size_rule(monkeypatch, rows):
+@pytest.mark.parametrize(
+    ("rows", "way"), [(2, "rows"), (3, "tiles"), (64, "tiles"), (65, "library"), (9000, "library")]
+)
+def test_the_way_is_chosen_by_the_number_of_tokens(monkeypatch, rows, way):
     calls = []
-    monkeypatch.setattr(module, "small_linear", lambda x, weight: calls.append(len(x)))
-    monkeypatch.setattr(F, "linear", lambda x, weight: calls.append(-len(x)))
+    for name, where, attribute in (
+        ("rows", module, "few_linear"),
+        ("tiles", module, "small_linear"),
+        ("library", F, "linear"),
+    ):
+        monkeypatch.setattr(where, attribute, lambda x, weight, name=name: calls.append(name))
     linear_triton(torch.zeros(rows, 8), torch.zeros(3, 8))
-    assert calls == [rows if rows <= module.MAX_TOKENS else -rows]
+    assert calls == [way]
+
+
+def test_another_card_may_have_another_border(monkeypatch):
+    monkeypatch.setitem(module.LIBRARY, ("sm_12", 16), {"LIBRARY": 1})
+    monkeypatch.setattr(launch, "architecture", lambda device: "sm_12")
+    monkeypatch.setattr(F, "linear", lambda x, weight: "library")
+    assert linear_triton(torch.zeros(3, 8), torch.zeros(3, 8)) == "library"
 
 
 @pytest.mark.parametrize(("inner", "columns"), [(64, 70), (1100, 70)])
