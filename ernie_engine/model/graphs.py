@@ -22,11 +22,13 @@ from ernie_engine.model.slots import host_tensor
 
 DECODE_SIZES = (*range(1, 8), *range(8, 64, 8), *range(64, 128, 16), *range(128, 513, 32))
 MIXED_SIZES = (16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048)
-# The most rows of a recorded mixed step, their longest context, and the most tokens. There single
-# tokens go to the prefill kernel, whose grid is sized by rows that may be padding, so that of many
-# rows or tokens keys are cut into few parts or none: bearable behind some thousand keys, not behind
-# a hundred thousand. Other steps run eagerly; their attention hides the host.
-MIXED_KINDS = ((64, 4096, 2048), (4, 1 << 30, 1024))
+# The most rows of a recorded mixed step, their longest context, the most tokens, and 2 where every
+# other size is enough. There single tokens go to the prefill kernel, whose grid is sized by rows
+# that may be padding, so that of many rows or tokens keys are cut into few parts or none: bearable
+# behind some thousand keys, not behind a hundred thousand. So few rows do not share a recording
+# with many, and of any context, where attention is most of a step, there are few sizes. Other steps
+# run eagerly.
+MIXED_KINDS = ((64, 4096, 2048, 1), (512, 4096, 2048, 1), (4, 1 << 30, 1024, 2))
 # Ops whose twins in torch wait for the device to learn a size.
 _WAITING_TWINS = ("prefill_attention", "decode_attention", "moe_experts", "norm_moe")
 
@@ -44,9 +46,9 @@ def obstacle(config: ResolvedConfig, ops: Ops) -> str | None:
 
 @dataclass(frozen=True)
 class GraphShapes:
-    """The shapes that are recorded, by size, of equal ones short contexts first. In those of
-    `decode` every row has one token; a mixed one has a row more than the steps it holds, for
-    tokens of padding."""
+    """The shapes that are recorded, by size, of equal ones few rows of short contexts first. In
+    those of `decode` every row has one token; a mixed one has a row more than the steps it holds,
+    for tokens of padding."""
 
     decode: Sequence[StepShape]
     mixed: Sequence[StepShape]
@@ -79,21 +81,22 @@ def graph_shapes(config: ResolvedConfig) -> GraphShapes:
     # With stages a step has an even share of the requests: scheduler.py.
     most_rows = min(-(-config.max_num_seqs // config.pipeline_parallel_size), budget)
     most_blocks = -(-config.max_model_len // block_size)
-    kinds: dict[int, tuple[int, int]] = {}  # blocks of a context -> rows, tokens
-    for rows, context, tokens in MIXED_KINDS:
-        kinds.setdefault(min(most_blocks, -(-context // block_size)), (rows, tokens))
-    most_padding = min(config.max_model_len, min(kinds) * block_size)
-    mixed, sizes = [], _up_to(MIXED_SIZES, budget)
+    most_padding = min(config.max_model_len, *(context for _, context, *_ in MIXED_KINDS))
+    mixed: list[StepShape] = []
+    sizes = _up_to(MIXED_SIZES, budget)
     for size in sizes:
-        for num_blocks, (rows_of_kind, tokens_of_kind) in kinds.items():
-            # Of long contexts half the sizes: attention is most of such a step.
-            is_skipped = num_blocks > min(kinds) and size not in sizes[::-2]
-            if is_skipped or size > tokens_of_kind:
+        of_size: list[StepShape] = []
+        for rows, context, most_tokens, stride in MIXED_KINDS:
+            if size > most_tokens or size not in sizes[::-stride]:
                 continue
-            num_rows = min(size, most_rows, rows_of_kind)
+            num_rows = min(size, most_rows, rows)
+            num_blocks = min(most_blocks, -(-context // block_size))
             # A request's last token is never computed.
-            if size <= num_rows * (most_padding - 1) + most_padding:  # else no step comes near it
-                mixed.append(StepShape(num_rows + 1, size, 0, size, num_blocks))
+            if size > num_rows * (most_padding - 1) + most_padding:  # no step comes near it
+                continue
+            if all(num_rows >= s.num_rows or num_blocks > s.most_blocks for s in of_size):
+                of_size.append(StepShape(num_rows + 1, size, 0, size, num_blocks))
+        mixed += of_size
     decode = [StepShape(n, n, n, 1, most_blocks) for n in _up_to(DECODE_SIZES, most_rows)]
     return GraphShapes(decode, mixed, most_padding)
 

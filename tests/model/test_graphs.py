@@ -48,8 +48,9 @@ def test_sizes_are_small_steps_first_and_end_with_the_largest_step(tiny):
     decode = [shape.num_rows for shape in shapes.decode]
     assert decode == [*range(1, 8), 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 100]
     assert all(s == StepShape(s.num_rows, s.num_rows, s.num_rows, 1, 32) for s in shapes.decode)
-    assert [s.num_tokens for s in shapes.mixed] == [16, 32, 64, 128, 256, 512, 700]
-    assert [s.num_rows for s in shapes.mixed] == [17, 33, 65, 65, 65, 65, 65]
+    few = [(16, 17), (32, 33), (64, 65), (128, 65), (256, 65), (512, 65), (700, 65)]
+    many = [(128, 101), (256, 101), (512, 101), (700, 101)]
+    assert [(s.num_tokens, s.num_rows) for s in shapes.mixed] == sorted(few + many)
     assert all(s.num_decodes == 0 and s.longest == s.num_tokens for s in shapes.mixed)
     assert shapes.largest_first[:2] == [shapes.mixed[-1], shapes.decode[-1]]
     assert sorted(map(hash, shapes.largest_first)) == sorted(
@@ -61,6 +62,7 @@ def test_no_size_is_above_512_rows_or_2048_tokens_or_a_stages_share(tiny):
     large = replace(resolved(tiny), max_num_seqs=4000, max_num_batched_tokens=8192)
     shapes = graph_shapes(large)
     assert shapes.decode[-1].num_rows == 512 and shapes.mixed[-1].num_tokens == 2048
+    assert max(s.num_rows for s in shapes.mixed) == 513
     shapes = graph_shapes(replace(large, max_num_seqs=33, pipeline_parallel_size=2))
     assert shapes.decode[-1].num_rows == 17 and shapes.mixed[-1].num_rows == 18
 
@@ -76,12 +78,19 @@ def test_the_smallest_that_holds_a_step_is_taken(tiny):
 def test_few_rows_may_have_any_context_and_short_ones_come_first(tiny):
     config = replace(resolved(tiny), max_num_seqs=600, max_num_batched_tokens=100)
     shapes = graph_shapes(replace(config, max_model_len=9000))
-    kinds = [(17, 256), (5, 563)], [(33, 256), (5, 563)], [(65, 256), (5, 563)]
     found = [(s.num_tokens, s.num_rows, s.most_blocks) for s in shapes.mixed]
-    sizes = (16, kinds[0][:1]), (32, kinds[1]), (64, kinds[2][:1]), (100, kinds[2])
-    assert found == [(size, *kind) for size, both in sizes for kind in both]
+    single = [(16, 17, 256), (32, 33, 256), (32, 5, 563), (64, 65, 256)]
+    assert found == [*single, (100, 65, 256), (100, 101, 256), (100, 5, 563)]
     for rows, blocks, kind in ((4, 256, 256), (4, 257, 563), (1, 563, 563), (64, 256, 256)):
         assert shapes.fit(StepShape(rows, 90, 0, 27, blocks)).most_blocks == kind
+
+
+def test_a_prompt_beside_many_running_requests_has_a_graph_and_few_keep_their_own(tiny):
+    config = replace(resolved(tiny), max_num_seqs=256, max_num_batched_tokens=8192)
+    shapes = graph_shapes(replace(config, max_model_len=9000))
+    for rows, tokens, size, most in ((64, 90, 128, 64), (65, 90, 128, 128), (129, 200, 256, 256)):
+        fitting = shapes.fit(StepShape(rows, tokens, rows - 1, tokens, 200))
+        assert (fitting.num_tokens, fitting.num_rows) == (size, most + 1)
 
 
 def test_what_no_graph_holds_runs_eagerly(tiny):
@@ -91,7 +100,8 @@ def test_what_no_graph_holds_runs_eagerly(tiny):
     for step in (
         StepShape(513, 513, 513, 1, 3),
         StepShape(1, 2049, 0, 2049, 130),  # tokens
-        StepShape(65, 100, 64, 36, 3),  # rows
+        StepShape(513, 600, 512, 88, 3),  # rows
+        StepShape(65, 100, 64, 36, 257),  # rows behind a long context
         StepShape(5, 100, 4, 96, 257),  # rows behind so long a context
         StepShape(2, 1025, 1, 1024, 257),  # tokens there
         StepShape(2, 100, 1, 99, 564),  # context
