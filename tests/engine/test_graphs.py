@@ -16,10 +16,10 @@ from triton.runtime.jit import JITFunction
 
 from ernie_engine import EngineDeadError, SamplingParams, kernels
 from ernie_engine.engine.loop import EngineLoop
-from ernie_engine.model import recording, startup
+from ernie_engine.model import recording
 from ernie_engine.model.compilations import compile_counter
 from ernie_engine.model.graphs import StepGraph
-from tests.recorder import Rerun
+from tests.recorder import record_by_rerunning
 from tests.tiny import open_engine, token_ids
 
 ON_GPU = not knobs.runtime.interpret
@@ -41,10 +41,7 @@ def replays(monkeypatch) -> list:
 
     monkeypatch.setattr(StepGraph, "replay", noted)
     if not ON_GPU:
-        reason = {True: "enforce_eager", False: None}
-        monkeypatch.setattr(startup, "obstacle", lambda config, ops: reason[config.enforce_eager])
-        monkeypatch.setattr(startup, "CudaRecorder", Rerun)
-        monkeypatch.setattr(recording, "free_memory", lambda: 0)
+        record_by_rerunning(monkeypatch.setattr)
     return shapes
 
 
