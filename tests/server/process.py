@@ -69,6 +69,10 @@ class Served:
         assert found, f"no metric {name} {labels}"
         return total
 
+    def wait_text(self, text: str, seconds: float = 10.0) -> None:
+        """Of its log."""
+        self._wait(lambda: text in self.text, seconds)
+
     def wait_metric(self, name: str, value: float, seconds: float = 5.0) -> None:
         """For what the engine process counts: the front end hears of it a little later."""
         self._wait(lambda: self.metric(name) == value, seconds)

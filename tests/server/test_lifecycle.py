@@ -31,6 +31,30 @@ sys.exit(serve.main())
 """
 
 
+RECORDING = """
+import pathlib, sys, time
+sys.path[:0] = [".", "scripts"]
+from ernie_engine.model.recording import GraphMaker
+from tests.recorder import record_by_rerunning
+record_by_rerunning(setattr)
+make = GraphMaker.make
+def slowly(self, *step):
+    if not pathlib.Path({hurry!r}).exists():
+        time.sleep(0.5)
+    return make(self, *step)
+GraphMaker.make = slowly
+import serve
+sys.exit(serve.main())
+"""
+
+
+def recording_server(tiny, tmp_path) -> Served:
+    """One that would record for a quarter of a minute, or until there is a file `hurry`."""
+    script = tmp_path / "recording.py"
+    script.write_text(RECORDING.format(hurry=str(tmp_path / "hurry")))
+    return Served(tiny, tmp_path / "log", "--max-num-seqs", "100", script=script)
+
+
 def slow_server(tiny, tmp_path, *flags, seconds=0.02, then="pass") -> Served:
     """One whose steps take a while, so that something is open when the signal comes."""
     script = tmp_path / "slow.py"
@@ -54,6 +78,26 @@ def wait_status(served, path: str, status: int) -> None:
     while served.http.get(path).status_code != status:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_server_answers_while_its_graphs_are_recorded(tiny, tmp_path):
+    fields = {"max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    with recording_server(tiny, tmp_path) as served:
+        first = served.complete("The engine", **fields).json()["choices"][0]["text"]
+        assert "CUDA graphs:" not in served.text, "all are recorded"
+        (tmp_path / "hurry").touch()
+        served.wait_text("CUDA graphs: 35 recorded in")
+        served.wait_metric("cuda_graph_captures_total", 35)
+        assert served.complete("The engine", **fields).json()["choices"][0]["text"] == first
+        served.signal(signal.SIGTERM)
+        assert served.wait_end() == 0
+
+
+def test_a_server_may_be_ended_before_its_graphs_are_recorded(tiny, tmp_path):
+    with recording_server(tiny, tmp_path) as served:
+        served.signal(signal.SIGTERM)
+        assert served.wait_end() == 0
+        assert "CUDA graphs:" not in served.text
 
 
 def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(tiny, tmp_path):
