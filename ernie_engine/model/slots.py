@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ernie_engine.engine.plan import SamplingSpec, StepPlan
+from ernie_engine.engine.plan import NewSlot, SamplingSpec, StepPlan
 
 PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
 FLOATS = ("temperature", "top_p", "min_p", *PENALTIES)
@@ -30,6 +30,34 @@ def host_tensor(values: Sequence, dtype: torch.dtype, device: torch.device) -> T
 def to_device(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A host list as a device tensor, without waiting for a GPU."""
     return host_tensor(values, dtype, device).to(device, non_blocking=True)
+
+
+def send(columns: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
+    """Columns of integers as device tensors [len(column)] int64, by one copy of all."""
+    values = array("q")
+    for column in columns:
+        values.extend(column)
+    sent = host_tensor(values, torch.int64, device).to(device, non_blocking=True)
+    return list(sent.split([len(column) for column in columns]))
+
+
+def _columns_of_new(requests: Sequence[NewSlot]) -> tuple[Sequence[int], ...]:
+    """Slots, lengths of prompts, INTS, FLOATS (the bits of an fp64), tokens."""
+    floats = array("d", [getattr(new.spec, name) for new in requests for name in FLOATS])
+    tokens = array("q")
+    for new in requests:
+        tokens.extend(new.token_ids)
+    return (
+        [new.slot for new in requests],
+        [len(new.token_ids) for new in requests],
+        [getattr(new.spec, name) for new in requests for name in INTS],
+        array("q", floats.tobytes()),
+        tokens,
+    )
+
+
+def _columns_of_starts(plan: StepPlan) -> tuple[list[int], list[int]]:
+    return [slot for slot, _ in plan.starts], [computed for _, computed in plan.starts]
 
 
 class Slots:
@@ -67,43 +95,57 @@ class Slots:
         self.block_tables[self.spare].fill_(block)
 
     def apply(self, plan: StepPlan) -> None:
-        """Bring the slots up to the plan, before its step reads them."""
+        """Bring the slots up to the plan, before its step reads them. All numbers go to the device
+        in one copy: a burst of requests would wait for hundreds."""
         for slot in plan.freed:
             del self.specs[slot], self.host_prompt_lens[slot], self.num_blocks[slot]
         for new in plan.new:
-            self._add(new.slot, new.token_ids, new.spec)
-        if plan.starts:
-            self._start(plan.starts)
-        if plan.new_block_ids:
-            self._extend_tables(plan)
-
-    def _add(self, slot: int, token_ids: Sequence[int], spec: SamplingSpec) -> None:
-        self.specs[slot], self.host_prompt_lens[slot] = spec, len(token_ids)
-        floats = [getattr(spec, name) for name in FLOATS]
-        ints = [*(getattr(spec, name) for name in INTS), len(token_ids)]
-        tokens = to_device(token_ids, torch.int32, self.device)
-        self.history[slot, : len(token_ids)] = tokens
-        self.floats[slot] = to_device(floats, torch.float32, self.device)
-        values = to_device(ints, torch.int64, self.device)
-        self.ints[slot] = values[:-1]
-        self.prompt_lens[slot] = values[-1]
-
-    def _start(self, starts: Sequence[tuple[int, int]]) -> None:
-        for slot, _ in starts:
+            self.specs[new.slot], self.host_prompt_lens[new.slot] = new.spec, len(new.token_ids)
+        for slot, _ in plan.starts:
             self.num_blocks[slot] = 0
-        slots, computed = to_device(list(zip(*starts, strict=True)), torch.int64, self.device)
-        self.num_computed[slots] = computed
+        columns = [
+            *_columns_of_new(plan.new),
+            *_columns_of_starts(plan),
+            *self._table_columns(plan),
+        ]
+        if not any(columns):
+            return
+        sent = send(columns, self.device)
+        if plan.new:
+            self._add(plan.new, *sent[:5])
+        if plan.starts:
+            slots, computed = sent[5:7]
+            self.num_computed[slots] = computed
+        if plan.new_block_ids:
+            slots, places, block_ids = sent[7:]
+            self.block_tables[slots, places] = block_ids.int()
 
-    def _extend_tables(self, plan: StepPlan) -> None:
-        slots, columns = [], []
+    def _add(
+        self,
+        requests: Sequence[NewSlot],
+        slots: Tensor,
+        lens: Tensor,
+        ints: Tensor,
+        floats: Tensor,
+        tokens: Tensor,
+    ) -> None:
+        self.prompt_lens[slots] = lens
+        self.ints[slots] = ints.view(len(requests), -1)
+        self.floats[slots] = floats.view(torch.float64).view(len(requests), -1).float()
+        each = tokens.int().split([len(new.token_ids) for new in requests])
+        for new, prompt in zip(requests, each, strict=True):
+            self.history[new.slot, : len(prompt)] = prompt
+
+    def _table_columns(self, plan: StepPlan) -> tuple[list[int], list[int], Sequence[int]]:
+        """Slots, places in their tables, and the blocks that belong there."""
+        slots: list[int] = []
+        places: list[int] = []
         for slot, count in zip(plan.slots, plan.num_new_blocks, strict=True):
             if count:  # of most rows none
                 slots += [slot] * count
-                columns += range(self.num_blocks[slot], self.num_blocks[slot] + count)
+                places += range(self.num_blocks[slot], self.num_blocks[slot] + count)
                 self.num_blocks[slot] += count
-        entries = [slots, columns, list(plan.new_block_ids)]
-        rows, cols, ids = to_device(entries, torch.int64, self.device)
-        self.block_tables[rows, cols] = ids.int()
+        return slots, places, plan.new_block_ids
 
     def advance_to(self, slots: Tensor, num_computed: Tensor) -> None:
         """The step after which each slot [R] has `num_computed` tokens is launched. The spare slot
