@@ -215,9 +215,10 @@ def padded(
 
 
 class StepGraphs:
-    """The recordings of one engine on one rank, each made when a plan says so."""
+    """The recordings of one engine on one rank, each made when a plan says so. `maker`: None where
+    there are no shapes."""
 
-    def __init__(self, shapes: GraphShapes, maker: Maker):
+    def __init__(self, shapes: GraphShapes, maker: Maker | None):
         self.shapes, self._maker = shapes, maker
         self._graphs: dict[StepShape, StepGraph] = {}
 
@@ -226,10 +227,12 @@ class StepGraphs:
 
     def rooms(self) -> list[RecordingRoom]:
         """What each recording needs, in their order."""
-        return [self._maker.room(shape) for shape in self.shapes.largest_first]
+        maker, shapes = self._maker, self.shapes.largest_first
+        return [] if maker is None else [maker.room(shape) for shape in shapes]
 
     def record(self, recording: Recording) -> None:
         """RuntimeError if what it gives is not what an eager run gives."""
+        assert self._maker is not None, "there is nothing to record"
         shape = self.shapes.largest_first[recording.index]
         self._graphs[shape] = self._maker.make(shape, recording.slots, recording.block_ids)
 
@@ -244,14 +247,4 @@ class StepGraphs:
         return None if shape is None else self._graphs.get(shape)
 
 
-class NoMaker:
-    """Where nothing is recorded."""
-
-    def room(self, shape: StepShape) -> RecordingRoom:
-        raise AssertionError("there are no shapes")
-
-    def make(self, shape: StepShape, slots: Sequence[int], block_ids: Sequence[int]) -> StepGraph:
-        raise AssertionError("nobody plans a recording")
-
-
-NO_GRAPHS = StepGraphs(GraphShapes((), (), 0), NoMaker())
+NO_GRAPHS = StepGraphs(GraphShapes((), (), 0), None)

@@ -71,7 +71,7 @@ class GraphMaker:
         rows = self._rows(shape)[-len(slots) :]
         recorded = self._plan(rows, slots, block_ids)
         proven = self._plan(turned(rows), slots[::-1], block_ids[::-1])
-        # Compiles what is to be compiled, and is what the replay must equal.
+        # Before it is recorded, for a library takes its memory when it is first used.
         expected = self._given(graph, proven, lambda: self._recorder.run(graph.run))
         self._after(graph, recorded, lambda: graph.record(self._recorder))
         replay = self._given(
@@ -89,12 +89,22 @@ class GraphMaker:
     @torch.inference_mode()
     def measure(self, shape: StepShape) -> StepGraph:
         """A graph as large as make()'s, over whatever blocks there are, compared with nothing."""
-        graph = StepGraph(shape, self._forward, self._stream)
-        rows, num_blocks = self._rows(shape), self._forward.kv.num_blocks
-        plan = self._plan(rows, range(len(rows)), range(num_blocks))
+        graph, plan = self._anywhere(shape)
         self._after(graph, plan, lambda: self._recorder.run(graph.run))
         self._after(graph, plan, lambda: graph.record(self._recorder))
         return graph
+
+    @torch.inference_mode()
+    def rehearse(self, shape: StepShape) -> None:
+        """Ask for all kernels that make() will."""
+        graph, plan = self._anywhere(shape)
+        self._after(graph, plan, graph.run)
+
+    def _anywhere(self, shape: StepShape) -> tuple[StepGraph, StepPlan]:
+        """While there are no requests: their slots and blocks are free."""
+        rows, num_blocks = self._rows(shape), self._forward.kv.num_blocks
+        plan = self._plan(rows, range(len(rows)), range(num_blocks))
+        return StepGraph(shape, self._forward, self._stream), plan
 
     def _given(
         self, graph: StepGraph, plan: StepPlan, run: Callable[[], StepOutput]

@@ -130,9 +130,10 @@ def open_model(
     num_blocks = agree(parts.geometry.blocks_in(budget))
     tell_blocks(config, parts.geometry, num_blocks, budget, why)
     kv, graphs = KVCache(parts.geometry, num_blocks, device), NO_GRAPHS
+    maker = parts.maker(kv)
     if compiles:
-        _compile_kernels(config, parts.runner(kv), alive, shows_bar)
-    if (maker := parts.maker(kv)) is not None:
+        _compile_kernels(config, parts.runner(kv), maker, alive, shows_bar)
+    if maker is not None:
         graphs = StepGraphs(maker.shapes, ToldMaker(maker, for_graphs, shows_bar))
     runner = parts.runner(kv, graphs)
     took = time.monotonic() - started
@@ -231,18 +232,25 @@ def _made_up_stream(shapes: GraphShapes, place: Placement, hidden_size: int) -> 
 
 
 def _compile_kernels(
-    config: ResolvedConfig, runner: ModelRunner, alive: Callable[[State], None], shows_bar: bool
+    config: ResolvedConfig,
+    runner: ModelRunner,
+    maker: GraphMaker | None,
+    alive: Callable[[State], None],
+    shows_bar: bool,
 ) -> None:
-    """Ask for every kernel that requests can ask for, so that none of them waits for one."""
+    """Ask for every kernel that requests and recordings can ask for, so that none of them waits for
+    one."""
     started, counter = time.monotonic(), compile_counter()
-    plans = list(compiling_plans(config, runner.kv.num_blocks))
+    steps = [partial(rehearse, runner, p) for p in compiling_plans(config, runner.kv.num_blocks)]
+    if maker is not None:
+        steps += [partial(maker.rehearse, shape) for shape in maker.shapes.largest_first]
     with few_layers(runner.model):
-        for plan in tqdm(plans, desc="kernels", unit="step", disable=not shows_bar):
-            rehearse(runner, plan)
+        for step in tqdm(steps, desc="kernels", unit="step", disable=not shows_bar):
+            step()
             alive(State.COMPILING)
     torch.cuda.synchronize()
     took = time.monotonic() - started
-    logger.info("kernels: %d after %d steps in %.1f s", counter.count, len(plans), took)
+    logger.info("kernels: %d after %d steps in %.1f s", counter.count, len(steps), took)
 
 
 def tensors_of(model_config: ModelConfig, ops: Ops) -> Shapes:

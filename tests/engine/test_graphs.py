@@ -7,6 +7,7 @@ of CUDA graphs, over kernels in torch.
 import importlib
 import pkgutil
 import random
+import re
 import threading
 from contextlib import contextmanager
 
@@ -213,6 +214,16 @@ def test_nothing_is_compiled_once_it_serves(tiny, forgotten, eager):
             engine.generate([prompt], _variety(rng, 1), use_tqdm=False)
             engine.generate([[*prompt, 5, 6, 7]], _variety(rng, 1), use_tqdm=False)
         assert engine._core.num_compilations == before
+
+
+@gpu
+def test_recordings_ask_for_no_kernel_that_was_not_there_when_the_model_was_ready(
+    tiny, forgotten, caplog
+):
+    fields = {"max_num_seqs": 140, "max_num_batched_tokens": 700}
+    with caplog.at_level("INFO", "ernie_engine"), opened(tiny, **fields) as engine:
+        ready = re.search(r"the model is ready after .* with (\d+) kernels", caplog.text)
+        assert ready is not None and engine._core.num_compilations == int(ready[1]) > 20
 
 
 def _variety(rng: random.Random, count: int) -> list[SamplingParams]:

@@ -349,6 +349,20 @@ def test_each_recording_is_one_of_the_shapes_in_their_order(runner):
         assert made._graphs[shape].shape == shape
 
 
+def test_a_rehearsal_runs_each_shape_and_leaves_the_slots_free(runner, monkeypatch):
+    maker, seen, forward = maker_of(runner, Rerun()), [], Forward.__call__
+
+    def noted(self, slots, counts, shape, stream):
+        seen.append((shape, len(slots), int(counts.sum())))
+        return forward(self, slots, counts, shape, stream)
+
+    monkeypatch.setattr(Forward, "__call__", noted)
+    for shape in maker.shapes.largest_first:
+        maker.rehearse(shape)
+    assert seen == [(s, s.num_rows, s.num_tokens) for s in maker.shapes.largest_first]
+    assert not (runner.state.specs or runner.state.num_blocks)
+
+
 def test_a_recording_touches_the_slots_and_blocks_that_it_is_given_and_no_others(runner):
     """With fewer slots than it would like, and requests in the others."""
     state, data = runner.state, fresh_cache(runner.forward, 0.0)
