@@ -221,6 +221,7 @@ class StepGraphs:
     def __init__(self, shapes: GraphShapes, maker: Maker | None):
         self.shapes, self._maker = shapes, maker
         self._graphs: dict[StepShape, StepGraph] = {}
+        self._is_dropped = False
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -235,10 +236,13 @@ class StepGraphs:
         assert self._maker is not None, "there is nothing to record"
         shape = self.shapes.largest_first[recording.index]
         self._graphs[shape] = self._maker.make(shape, recording.slots, recording.block_ids)
+        if self._is_dropped:  # meanwhile, by another thread
+            self._graphs.clear()
 
     def drop(self) -> None:
         """At the end, from any thread: a group of NCCL does not end while there is a graph with one
-        of its collectives. One that runs is dropped once it is done."""
+        of its collectives. One that runs, or is made, is dropped once it is done."""
+        self._is_dropped = True
         self._graphs.clear()
 
     def find(self, step: StepShape) -> StepGraph | None:

@@ -73,15 +73,15 @@ class GraphMaker:
         proven = self._plan(turned(rows), slots[::-1], block_ids[::-1])
         # Before it is recorded, for a library takes its memory when it is first used.
         expected = self._given(graph, proven, lambda: self._recorder.run(graph.run))
-        self._after(graph, recorded, lambda: graph.record(self._recorder))
-        replay = self._given(
-            graph, proven, lambda: graph.replay(proven.slots, proven.num_tokens, None)
-        )
         try:
+            self._after(graph, recorded, lambda: graph.record(self._recorder))
+            replay = self._given(
+                graph, proven, lambda: graph.replay(proven.slots, proven.num_tokens, None)
+            )
             both = zip(replay, expected, strict=True)
             if not all([compare(*pair, shape) for pair in both]):
                 self.inexact.append(shape)
-        except RuntimeError:
+        except Exception:
             graph.drop()  # the error holds this frame
             raise
         return graph

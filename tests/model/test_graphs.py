@@ -4,6 +4,7 @@ Here a recording is simply run again (tests/recorder.py); tests/engine/test_grap
 """
 
 import random
+import traceback
 from dataclasses import replace
 
 import pytest
@@ -499,6 +500,38 @@ def test_a_replay_that_writes_nothing_is_found_though_what_it_tells_is_right(run
 
     with pytest.raises(RuntimeError, match="is wrong"):
         record_all(graphs_of(maker_of(runner, Unwritten())))
+    release(runner.state)
+
+
+def test_no_graph_stays_that_is_made_while_all_are_dropped(runner):
+    maker = maker_of(runner, Rerun())
+    made, make = graphs_of(maker), maker.make
+
+    def make_and_drop(*step):
+        graph = make(*step)
+        made.drop()
+        return graph
+
+    maker.make = make_and_drop
+    made.record(Recording(0, range(9), range(20)))
+    assert len(made) == 0
+
+
+def test_an_error_holds_no_graph(runner):
+    class Fails(Rerun):
+        def record(self, work):
+            output, _ = super().record(work)
+
+            def fail():
+                raise RuntimeError("a rank is lost")
+
+            return output, fail
+
+    with pytest.raises(RuntimeError, match="a rank is lost") as caught:
+        record_all(graphs_of(maker_of(runner, Fails())))
+    frames = [frame.f_locals.get("graph") for frame, _ in traceback.walk_tb(caught.tb)]
+    graph = next(graph for graph in frames if graph is not None)
+    assert graph._replay is None and graph._output is None
     release(runner.state)
 
 
