@@ -1,28 +1,20 @@
 """Every Triton kernel compiles for an A800 and an H200 and fits their shared memory."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from ernie_engine.bench.kernels.table import CASES
 from ernie_engine.kernels.registry import IMPLEMENTATIONS
+from tests.processes import without_interpreter
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # what a block may have
 
 
 def compile_kernels(*ops):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(SCRIPT.parents[2])
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *ops], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in without_interpreter(SCRIPT, *ops)]
 
 
 def test_every_op_has_cases():

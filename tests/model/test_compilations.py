@@ -1,8 +1,6 @@
 """No request waits for a kernel: start-up asks for all that steps can ask for, and counts them."""
 
 import os
-import subprocess
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from ernie_engine.model.rehearsal import compiling_plans, few_layers, sizes_up_t
 from ernie_engine.model.startup import describe, open_model
 from ernie_engine.parallel.mesh import Mesh
 from ernie_engine.testing.checkpoints import write_checkpoint
+from tests.processes import without_interpreter
 from tests.tiny import SPEC
 
 HERE = Path(__file__).parent
@@ -37,19 +36,10 @@ GEOMETRIES = {
 }
 
 
-def without_interpreter(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(HERE.parents[1])
-    command = [sys.executable, str(HERE / script), str(folder)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_no_random_step_asks_for_a_kernel_that_startup_did_not(tmp_path, name):
     write_checkpoint(tmp_path, GEOMETRIES[name], [])
-    done = without_interpreter("kernel_keys.py", tmp_path)
-    assert done.returncode == 0, done.stderr[-4000:]
-    *missed, counts = done.stdout.splitlines()
+    *missed, counts = without_interpreter(HERE / "kernel_keys.py", tmp_path)
     assert not missed
     asked, needed = map(int, counts.split())
     assert 0.9 * asked < needed <= asked and asked > 30
@@ -58,9 +48,8 @@ def test_no_random_step_asks_for_a_kernel_that_startup_did_not(tmp_path, name):
 def test_startup_finds_its_kernels_with_any_op_switched_to_torch(tmp_path):
     """Twins that cannot do without numbers, and what they would give to kernels."""
     write_checkpoint(tmp_path, replace(SPEC, tokenizer=False), [])
-    done = without_interpreter("switched_kernels.py", tmp_path)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = dict(line.split() for line in done.stdout.splitlines())
+    lines = without_interpreter(HERE / "switched_kernels.py", tmp_path)
+    found = dict(line.split() for line in lines)
     assert list(found) == list(IMPLEMENTATIONS) and all(int(n) > 30 for n in found.values())
 
 
@@ -77,17 +66,8 @@ print(*early[:: int(sys.argv[1])])
 
 
 def test_a_kernels_key_does_not_depend_on_which_was_launched_first():
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(HERE.parents[1])
-    settled, early = zip(
-        *(
-            subprocess.check_output(
-                [sys.executable, "-c", KEYS, order], env=environment, text=True
-            ).splitlines()
-            for order in ("1", "-1")
-        ),
-        strict=True,
-    )
+    orders = (without_interpreter("-c", KEYS, order) for order in ("1", "-1"))
+    settled, early = zip(*orders, strict=True)
     assert settled[0] == settled[1]
     assert early[0] != early[1], "Triton does not need settle_keys() any more"
 
