@@ -1,5 +1,6 @@
 """No request waits for a kernel: start-up asks for all that steps can ask for, and counts them."""
 
+import json
 import os
 from dataclasses import fields, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from ernie_engine.model.rehearsal import compiling_plans, few_layers, sizes_up_t
 from ernie_engine.model.startup import describe, open_model
 from ernie_engine.parallel.mesh import Mesh
 from ernie_engine.testing.checkpoints import write_checkpoint
-from tests.processes import without_interpreter
+from tests.processes import ROOT, without_interpreter
 from tests.tiny import SPEC
 
 HERE = Path(__file__).parent
@@ -36,13 +37,68 @@ GEOMETRIES = {
 }
 
 
-@pytest.mark.parametrize("name", GEOMETRIES)
-def test_no_random_step_asks_for_a_kernel_that_startup_did_not(tmp_path, name):
-    write_checkpoint(tmp_path, GEOMETRIES[name], [])
-    *missed, counts = without_interpreter(HERE / "kernel_keys.py", tmp_path)
+def check_kernel_keys(folder: Path, **case) -> None:
+    """Of random steps, of start-up and of the processes that fill the cache."""
+    script = HERE / "kernel_keys.py"
+    *missed, counts = without_interpreter(script, folder, json.dumps(case))
     assert not missed
     asked, needed = map(int, counts.split())
     assert 0.9 * asked < needed <= asked and asked > 30
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_no_random_step_asks_for_a_kernel_that_startup_did_not(tmp_path, name):
+    write_checkpoint(tmp_path, GEOMETRIES[name], [])
+    check_kernel_keys(tmp_path)
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"pp_size": 2, "pp_rank": 1, "tp_size": 2, "tp_rank": 1, "expert_parallel": True},
+        pytest.param({"tp_size": 2, "tp_rank": 1}, marks=slow),
+        pytest.param({"tp_size": 2, "tp_rank": 1, "expert_parallel": True}, marks=slow),
+        pytest.param({"pp_size": 2, "pp_rank": 0}, marks=slow),
+        pytest.param({"pp_size": 2, "pp_rank": 1}, marks=slow),
+        pytest.param({"pp_size": 4, "pp_rank": 2, "tp_size": 2, "tp_rank": 0}, marks=slow),
+    ],
+    ids=str,
+)
+def test_no_random_step_of_a_rank_does(tmp_path, mesh):
+    """Two shared experts: with half of the others whole, a rank has the width of one. Five layers:
+    the last of two stages has two."""
+    write_checkpoint(tmp_path, replace(LONG, num_shared_experts=2, num_layers=5), [])
+    check_kernel_keys(tmp_path, mesh=mesh, num_plans=200)
+
+
+EXPERTS_OF_8 = {"tp_size": 8, "tp_rank": 3, "expert_parallel": True}
+
+
+@pytest.mark.parametrize(
+    ("model", "case"),
+    [
+        ("21b-a3b", {"num_plans": 60}),
+        *(
+            pytest.param(model, case, marks=slow)
+            for model, case in (
+                ("0.3b", {}),
+                ("21b-a3b", {}),
+                ("21b-a3b", {"fields": {"enable_chunked_prefill": False, "max_num_seqs": 512}}),
+                ("21b-a3b", {"fields": {"max_num_batched_tokens": 37, "max_num_seqs": 5}}),
+                ("21b-a3b", {"mesh": {"tp_size": 4, "tp_rank": 3}}),
+                ("300b-a47b", {"mesh": {"tp_size": 8, "tp_rank": 3}}),
+                ("300b-a47b", {"mesh": EXPERTS_OF_8}),
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_no_random_step_of_a_real_model_does(model, case):
+    """Contexts of up to 131,072 tokens."""
+    check_kernel_keys(ROOT / "configs" / f"ernie-4.5-{model}", real=True, **case)
 
 
 def test_startup_finds_its_kernels_with_any_op_switched_to_torch(tmp_path):
