@@ -207,6 +207,14 @@ def test_kernels_are_told_as_they_come_and_a_full_cache_is_left_alone(filling):
         assert len(beats) == expected
 
 
+@pytest.mark.parametrize("shows_bar", [True, False])
+def test_who_waits_for_kernels_sees_how_many_there_are(filling, capsys, shows_bar):
+    with filling(COUNTING) as fill:
+        fill.wait(lambda: None, shows_bar)
+    shown = capsys.readouterr().err
+    assert "compiling: 6kernel" in shown if shows_bar else shown == ""
+
+
 def test_fields_without_kernels_are_fields():
     assert {field.name for field in fields(ResolvedConfig)} > set(kernel_cache.WITHOUT_KERNELS)
 
