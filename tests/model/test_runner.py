@@ -14,12 +14,14 @@ from ernie_engine.engine.plan import (
     StepResult,
 )
 from ernie_engine.engine_config import EngineConfig
+from ernie_engine.model import forward as forward_module
 from ernie_engine.model import runner as runner_module
 from ernie_engine.model import sampler as sampler_module
 from ernie_engine.model.runner import ModelRunner
 from ernie_engine.model.startup import describe, open_model
 
 GREEDY = SamplingSpec(temperature=0.0)
+SCORED = SamplingSpec(num_prompt_logprobs=2)
 BLOCKS = 10  # of 16 tokens, for each slot of its own
 
 
@@ -88,6 +90,70 @@ def test_the_next_step_reads_the_token_that_was_drawn(runner):
     assert second.token_ids == again.token_ids
 
 
+@pytest.fixture
+def looked_at(runner, monkeypatch) -> list[tuple[str, int]]:
+    """The final norm's and the head's calls, with their rows, in order."""
+    found = []
+
+    def noted(name: str):
+        op = getattr(runner.model.ops, name)
+
+        def note(x, *rest):
+            found.append((name, len(x)))
+            return op(x, *rest)
+
+        return note
+
+    both = {name: noted(name) for name in ("rms_norm", "vocab_head")}
+    monkeypatch.setattr(runner.model, "ops", replace(runner.model.ops, **both))
+    return found
+
+
+def norm_and_head(*sizes: int) -> list[tuple[str, int]]:
+    return [(name, size) for size in sizes for name in ("rms_norm", "vocab_head")]
+
+
+# Tokens of each row, the rows drawn from, scored tokens by row -> the rows that the final norm and
+# the head see, call by call.
+LOOKS = {
+    "a prompt's middle": ([40], [], {}, []),
+    "a prompt's end": ([40], [0], {}, [1]),
+    "some of the rows": ([1, 5, 9, 4], [0, 2, 3], {}, [3]),
+    "beside a prompt's middle": ([1, 1, 30], [0, 1], {}, [2]),
+    "no row": ([1, 5, 9], [], {}, []),
+    "a scored prompt": ([51], [0], {0: 50}, [1, 20, 20, 10]),
+    "a part of a scored prompt": ([3, 30], [], {1: 7}, [7]),
+    "two scored prompts": ([6, 25], [1], {0: 5, 1: 24}, [1, 5, 20, 4]),
+}
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_the_head_sees_the_rows_that_are_drawn_from_or_scored(runner, monkeypatch, looked_at, name):
+    monkeypatch.setattr(runner_module, "PROMPT_LOGITS_CHUNK", 20)
+    counts, drawn, scored, sizes = LOOKS[name]
+    new = {slot: (prompt(n, slot), SCORED) for slot, n in enumerate(counts)}
+    part = SamplingPart(drawn, list(scored), [0] * len(scored), list(scored.values()))
+    runner.launch(plan(dict(enumerate(counts)), new, part))
+    assert looked_at == []
+    runner.sample(part).wait()
+    assert looked_at == norm_and_head(*sizes)
+
+
+@pytest.mark.parametrize(("most", "launched", "sampled"), [(3, [3], []), (2, [], [3])])
+def test_of_few_single_tokens_the_forward_pass_gives_the_logits(
+    runner, monkeypatch, looked_at, most, launched, sampled
+):
+    """A graph can hold them; of more rows they are left to who draws."""
+    monkeypatch.setattr(forward_module, "MOST_LOGITS", most)
+    new = {slot: (prompt(1, slot), GREEDY) for slot in range(3)}
+    part = SamplingPart(range(3))
+    runner.launch(plan(dict.fromkeys(range(3), 1), new, part))
+    assert looked_at == norm_and_head(*launched)
+    looked_at.clear()
+    runner.sample(part).wait()
+    assert looked_at == norm_and_head(*sampled)
+
+
 def test_a_decode_step_of_the_same_rows_draws_without_a_word_from_the_host(runner, monkeypatch):
     penalised = SamplingSpec(temperature=0.8, top_p=0.9, presence_penalty=0.5, bias_ids=(7,))
     specs = {2: GREEDY, 0: replace(penalised, bias_values=(1.0,)), 4: GREEDY}
@@ -147,9 +213,6 @@ def test_every_row_gets_as_many_alternatives_as_it_asked_for(runner):
         for score in scores:
             assert score.top_ids == best[row][:count] and len(score.top_logprobs) == count
             assert score.rank == 1 and result.token_ids[row] == best[row][:1]
-
-
-SCORED = SamplingSpec(num_prompt_logprobs=2)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 49, 50, 1000])
