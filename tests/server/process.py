@@ -20,10 +20,30 @@ START_SECONDS = 60
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ERNIE_API_KEY": ""}
 
 
+def sample(text: str, name: str, **labels: str) -> float:
+    """Of what /metrics tells: the sum of a metric's samples that have these labels."""
+    total, found = 0.0, False
+    for line in text.splitlines():
+        match = re.fullmatch(r"([^{ ]+)(\{.*\})? (\S+)", line)
+        if match is None or match[1].split(":")[-1] != name:
+            continue
+        if all(f'{key}="{value}"' in (match[2] or "") for key, value in labels.items()):
+            total, found = total + float(match[3]), True
+    assert found, f"no metric {name} {labels}"
+    return total
+
+
 class Served:
     """`scripts/serve.py` on any free port; use it in a `with` block."""
 
-    def __init__(self, model: Path | str, log: Path, *flags: str, script: Path | None = None):
+    def __init__(
+        self,
+        model: Path | str,
+        log: Path,
+        *flags: str,
+        script: Path | None = None,
+        start_seconds: float = START_SECONDS,
+    ):
         self.log, self.model = log, str(model)
         command = [sys.executable, str(script or ROOT / "scripts" / "serve.py"), "--port", "0"]
         with log.open("wb") as file:
@@ -34,7 +54,9 @@ class Served:
                 env=ENVIRONMENT,
                 cwd=ROOT,
             )
-        self._wait(lambda: "\nReady." in self.text or self.process.poll() is not None)
+        self._wait(
+            lambda: "\nReady." in self.text or self.process.poll() is not None, start_seconds
+        )
         assert self.process.poll() is None, self.text
         found = re.search(r"base URL +(\S+)/v1\n", self.text)
         assert found is not None, self.text
@@ -58,16 +80,8 @@ class Served:
         return self.http.post("/v1/completions", json={"prompt": prompt, **fields})
 
     def metric(self, name: str, **labels: str) -> float:
-        """The sum of a metric's samples that have these labels."""
-        total, found = 0.0, False
-        for line in self.http.get("/metrics").text.splitlines():
-            match = re.fullmatch(r"([^{ ]+)(\{.*\})? (\S+)", line)
-            if match is None or match[1].split(":")[-1] != name:
-                continue
-            if all(f'{key}="{value}"' in (match[2] or "") for key, value in labels.items()):
-                total, found = total + float(match[3]), True
-        assert found, f"no metric {name} {labels}"
-        return total
+        """As sample(), of now."""
+        return sample(self.http.get("/metrics").text, name, **labels)
 
     def wait_text(self, text: str, seconds: float = 10.0) -> None:
         """Of its log."""

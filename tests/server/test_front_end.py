@@ -5,14 +5,19 @@ import json
 import time
 
 import pytest
+from triton import knobs
 
+from ernie_engine.engine.core import EngineCore, describe
 from ernie_engine.engine.plan import TokenLogprobs
 from ernie_engine.engine.request import TokenOutput
+from ernie_engine.engine_config import EngineConfig
 from ernie_engine.server import client as client_module
+from ernie_engine.server.engine_process import Supervisor
 from ernie_engine.server.errors import ApiError
 from ernie_engine.server.session import MAX_QUEUED_PIECES, Choice
-from ernie_engine.server.wire import EngineState
+from ernie_engine.server.wire import EngineState, decode_state, encode_state
 from tests.server.in_process import InProcess
+from tests.server.process import sample
 
 PROMPT = [5, 6, 7]
 
@@ -262,6 +267,33 @@ def test_silence_and_stalls_make_it_unhealthy(here, monkeypatch):
     assert "nothing was heard from the engine" in front.problem()
     answer = asyncio.run(here.http.get("/health"))
     assert answer.status_code == 503 and answer.json()["error"]["code"] == 503
+
+
+@pytest.fixture
+def core(tiny, monkeypatch):
+    """An engine in whose process Triton has told of 7 kernels, as if it had recorded 3 graphs."""
+    monkeypatch.setattr(knobs.compilation, "listener", None)
+    core = EngineCore(describe(EngineConfig(model=str(tiny), device="cpu")))
+    monkeypatch.setattr(EngineCore, "num_graphs", 3)
+    for i in range(7):
+        knobs.compilation.listener(src="kernel", cache_hit=i % 2 == 0)
+    yield core
+    core.close()
+
+
+def test_metrics_tell_how_many_kernels_and_graphs_the_engine_has(here, core):
+    """From the engine's process over the wire: it tells again and again."""
+
+    def told() -> tuple[float, float]:
+        state = Supervisor(core, None, None, 0.0)._state()  # type: ignore[arg-type]
+        here.front.client.take_state(decode_state(encode_state(state)))
+        text = asyncio.run(here.http.get("/metrics")).text
+        names = "kernel_compilations_total", "cuda_graph_captures_total"
+        return tuple(sample(text, name) for name in names)
+
+    assert told() == (7, 3)
+    knobs.compilation.listener(src="late", cache_hit=False)
+    assert told() == (8, 3)
 
 
 def test_an_engine_that_is_gone_fails_all(here):

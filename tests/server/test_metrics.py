@@ -1,5 +1,7 @@
 """/metrics against what was asked: counts, sums, gauges, closed label sets."""
 
+import itertools
+import random
 import re
 
 import pytest
@@ -102,3 +104,53 @@ def test_histogram_buckets_are_cumulative():
         histogram.observe(value)
     assert histogram.buckets() == [("1.0", 2), ("2.0", 4), ("5.0", 5), ("+Inf", 6)]
     assert histogram.total == 16
+
+
+# What a request may ask for, so that kernels of all kinds are needed.
+VARIETY = (
+    {"temperature": 0},
+    {"temperature": 0.8, "top_p": 0.8, "n": 3},
+    {"temperature": 1, "top_k": 5, "min_p": 0.1, "stream": True},
+    {"temperature": 0, "presence_penalty": 0.5, "repetition_penalty": 1.2},
+    {"temperature": 0.8, "logit_bias": {"7": 2.0}, "min_tokens": 2},
+    {"temperature": 0.8, "logprobs": 5},
+    {"temperature": 0, "logprobs": 2, "echo": True},
+    {"temperature": 0.8, "top_p": 0.9, "prompt_logprobs": 3},
+)
+
+
+def ask_for_all_sorts(served: Served) -> None:
+    """Many prompts at once, then ones of all lengths, each with what follows it."""
+    rng, variety = random.Random(4), itertools.cycle(VARIETY)
+
+    def ask(prompts: list[list[int]]) -> None:
+        fields = {"max_tokens": rng.randint(2, 9), "ignore_eos": True}
+        answer = served.complete(prompts, **fields, **next(variety))
+        assert answer.status_code == 200, answer.text
+
+    def prompt(length: int) -> list[int]:
+        return [rng.randrange(700) for _ in range(length)]
+
+    for count in (1, 2, 3, 5, 8, 9, 17, 31, 33, 40):
+        for _ in range(2):
+            ask([prompt(rng.randint(1, 60)) for _ in range(count)])
+    for length in (1, 2, 3, 7, 8, 16, 17, 64, 65, 129, 255, 257, 400, 490):
+        text = prompt(length)
+        for behind in (0, 3):
+            ask([text + prompt(behind)])
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(1200)
+def test_no_kernel_is_compiled_once_it_is_ready(tiny, tmp_path):
+    """Neither for requests nor for graphs, most of which are recorded later."""
+    flags = ["--device", "cuda", "--max-num-seqs", "40", "--max-num-batched-tokens", "700"]
+    with Served(tiny, tmp_path / "log", *flags, start_seconds=600) as served:
+        served.wait_idle()  # the engine has told its state
+        before = served.metric("kernel_compilations_total")
+        assert before > 20
+        ask_for_all_sorts(served)
+        served.wait_text("CUDA graphs: ", 300)
+        served.wait_idle()
+        assert served.metric("cuda_graph_captures_total") > 5
+        assert served.metric("kernel_compilations_total") == before
