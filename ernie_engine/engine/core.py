@@ -18,7 +18,6 @@ from ernie_engine.engine.phases import Phases
 from ernie_engine.engine.ranks import gather_ranks
 from ernie_engine.engine.scheduler import Limits, Scheduler
 from ernie_engine.engine_config import ResolvedConfig
-from ernie_engine.model.compilations import compile_counter
 from ernie_engine.model.startup import Description, describe
 from ernie_engine.text.generation import load_generation_defaults, stop_token_ids
 from ernie_engine.text.templates import load_chat_template
@@ -38,7 +37,7 @@ class EngineCore:
         self.phases = Phases()
         self.ranks, runner = gather_ranks(description, self.phases)
         self.num_kv_blocks, self.ops = runner.kv.num_blocks, runner.ops
-        self._graphs, self._compilations = runner.graphs, compile_counter()
+        self._graphs = runner.graphs
         self._calls_untold = self.config.log_kernels
         limits = Limits(
             max_num_seqs=self.config.max_num_seqs,
@@ -58,8 +57,8 @@ class EngineCore:
 
     @property
     def num_compilations(self) -> int:
-        """Kernels that this process has taken up: once it serves, no more should come."""
-        return self._compilations.count
+        """Kernels that all ranks have taken up: once they serve, no more should come."""
+        return self.ranks.num_compilations
 
     @property
     def num_graphs(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ernie_engine.engine.stage import Stage
+from ernie_engine.model.compilations import compile_counter
 from ernie_engine.model.runner import ModelRunner
 from ernie_engine.model.startup import Description
 from ernie_engine.parallel.health import State, Vitals
@@ -30,8 +31,9 @@ class SelfReport:
         self._sources = mesh, stage, runner
 
     def vitals(self) -> Vitals:
+        num_kernels = compile_counter().count
         if self._sources is None:
-            return Vitals(self.state)
+            return Vitals(self.state, num_compilations=num_kernels)
         mesh, stage, runner = self._sources
         clock = runner.clock
         clock.look()
@@ -39,7 +41,7 @@ class SelfReport:
         state = State.STEPPING if begun > done else State.IDLE
         peak = _peak_memory(runner.state.device)
         counts = begun, done, mesh.pulse.count
-        return Vitals(state, mesh.pp_rank, *counts, clock.busy_seconds, peak)
+        return Vitals(state, mesh.pp_rank, *counts, clock.busy_seconds, peak, num_kernels)
 
 
 def _peak_memory(device: torch.device) -> int:

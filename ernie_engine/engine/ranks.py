@@ -18,6 +18,7 @@ from ernie_engine.engine.loop import EngineDeadError
 from ernie_engine.engine.phases import Phases
 from ernie_engine.engine.rank import SelfReport, facts_of
 from ernie_engine.engine.stage import PendingFrame, Runner, Stage
+from ernie_engine.model.compilations import compile_counter
 from ernie_engine.model.graphs import NO_GRAPHS
 from ernie_engine.model.runner import ModelRunner
 from ernie_engine.model.startup import Description, open_model
@@ -66,6 +67,11 @@ class Alone:
 
     def explain(self, error: Exception) -> Exception:
         return error
+
+    @property
+    def num_compilations(self) -> int:
+        """Kernels that this process has taken up."""
+        return compile_counter().count
 
     def on_failure(self, fail: Callable[[Exception], None]) -> None:
         """Nothing but a step can fail here."""
@@ -141,6 +147,11 @@ class Fleet:
 
     def explain(self, error: Exception) -> Exception:
         return self._hub.explain(error)
+
+    @property
+    def num_compilations(self) -> int:
+        """Kernels that all ranks have taken up; of the others, as far as they have told."""
+        return sum(vitals.num_compilations for vitals in self._hub.vitals().values())
 
     def on_failure(self, fail: Callable[[Exception], None]) -> None:
         """From now on `fail` is called, from another thread, when a rank is lost."""

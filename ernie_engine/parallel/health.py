@@ -32,6 +32,7 @@ class Vitals:
     pulse: int = 0
     busy_seconds: float = 0.0
     peak_memory: int = 0  # bytes of GPU memory that tensors took at most
+    num_compilations: int = 0  # kernels that it has taken up
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
