@@ -99,6 +99,8 @@ class Scheduler:
         self._preempted: list[int] = []
         self._in_flight: deque[_InFlight] = deque()
         self._next_step_id = 0
+        for room in recordings:  # else the loop would try for ever
+            assert room.fewest_slots <= limits.max_num_seqs and room.num_blocks <= pool.num_blocks
         self._recordings, self._num_recorded, self._has_just_recorded = recordings, 0, False
 
     @property
