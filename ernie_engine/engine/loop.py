@@ -132,7 +132,7 @@ class EngineLoop:
     @property
     def seconds_stalled(self) -> float:
         """Since when it has not moved though there is something to do; 0 when there is not."""
-        busy = bool(self._in_flight) or self._scheduler.has_requests
+        busy = self._in_flight or self._scheduler.has_requests or not self._settled.is_set()
         return time.monotonic() - self._moved_at if busy else 0.0
 
     def _run(self) -> None:

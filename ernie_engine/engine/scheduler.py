@@ -101,7 +101,8 @@ class Scheduler:
         self._next_step_id = 0
         for room in recordings:  # else the loop would try for ever
             assert room.fewest_slots <= limits.max_num_seqs and room.num_blocks <= pool.num_blocks
-        self._recordings, self._num_recorded, self._has_just_recorded = recordings, 0, False
+        self._recordings, self._has_just_recorded = recordings, False
+        self._to_record = list(range(len(recordings)))
 
     @property
     def has_requests(self) -> bool:
@@ -110,7 +111,7 @@ class Scheduler:
     @property
     def has_recordings(self) -> bool:
         """Whether there are graphs that no step has recorded yet."""
-        return self._num_recorded < len(self._recordings)
+        return bool(self._to_record)
 
     def add(self, request: Request) -> None:
         """Queue a new request. Its prompt must fit the pool and, unchunked, a step."""
@@ -138,25 +139,28 @@ class Scheduler:
         return self._launch(draft) if draft.rows else None
 
     def _record(self) -> StepPlan | None:
-        """A recording, unless it is the turn of requests or they leave no room for it.
+        """A recording, unless it is the turn of requests or they leave no room for any.
 
         Its slots and blocks are free again at once: steps run in order. What the blocks held of a
         prefix is forgotten.
         """
-        room = self._recordings[self._num_recorded]
-        slots = self._free_slots[: room.num_slots]
         is_due = not (self._has_just_recorded and self.has_requests)
-        self._has_just_recorded = False
-        if not is_due or len(slots) < room.fewest_slots:
+        index = next(filter(self._has_room, self._to_record), None) if is_due else None
+        self._has_just_recorded = index is not None
+        if index is None:
             return None
+        self._to_record.remove(index)
+        room = self._recordings[index]
         block_ids = self.pool.take((), room.num_blocks)
-        if block_ids is None:
-            return None
+        assert block_ids is not None, "there is room"
         self.pool.release(block_ids)
-        recording = Recording(self._num_recorded, slots, block_ids)
-        self._num_recorded += 1
-        self._has_just_recorded = True
+        recording = Recording(index, self._free_slots[: room.num_slots], block_ids)
         return replace(self._launch(_Draft(0, 0)), recording=recording)
+
+    def _has_room(self, index: int) -> bool:
+        room = self._recordings[index]
+        has_slots = room.fewest_slots <= len(self._free_slots)
+        return has_slots and room.num_blocks <= self.pool.num_free
 
     def _cohort_size(self) -> int:
         """How many requests a step may move: an even share, so that each stage has work."""

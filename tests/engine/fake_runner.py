@@ -62,6 +62,7 @@ class FakeRunner:
 
     def _record(self, recording: Recording) -> None:
         assert not self.history.keys() & set(recording.slots), "a slot in use is recorded with"
+        assert recording.index not in self.recorded
         self.recorded.append(recording.index)
         for block in recording.block_ids:
             first = block * self.block_size

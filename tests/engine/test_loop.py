@@ -401,6 +401,16 @@ def test_graphs_are_recorded_without_a_request_and_then_it_is_settled(recording_
     rig.loop.settle()  # at once
 
 
+def test_a_recording_that_hangs_is_a_stall(recording_rig):
+    rig = recording_rig
+    rig.gate.wait_launched(1)
+    time.sleep(0.05)
+    assert rig.loop.seconds_stalled > 0.02
+    rig.gate.let(1000)
+    rig.loop.settle()
+    assert rig.loop.seconds_stalled == 0
+
+
 def test_who_comes_between_recordings_is_answered_between_them(recording_rig):
     rig, sink = recording_rig, SimpleQueue()
     rig.gate.wait_launched(rig.depth)  # of recordings, and none is done yet

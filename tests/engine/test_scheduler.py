@@ -108,7 +108,7 @@ class Simulation:
 
     def check_at_rest(self) -> None:
         assert not self.scheduler.has_requests
-        assert self.runner.recorded == list(range(self.num_recordings))
+        assert sorted(self.runner.recorded) == list(range(self.num_recordings))
         assert self.pool.num_free == self.pool.num_blocks
         assert len(self.scheduler._free_slots) == self.scheduler.limits.max_num_seqs
 
@@ -459,13 +459,14 @@ def test_requests_and_recordings_take_turns():
 @pytest.mark.parametrize(
     "room", [RecordingRoom(4, 4, 1), RecordingRoom(1, 1, 61)], ids=["slots", "blocks"]
 )
-def test_a_recording_waits_until_requests_leave_room(room):
-    sim = Simulation(LIMITS, num_blocks=64, depth=1, recordings=[RecordingRoom(1, 1, 1), room])
+def test_a_recording_waits_until_requests_leave_room_and_others_go_first(room):
+    rooms = [RecordingRoom(1, 1, 1), room, RecordingRoom(2, 1, 2)]
+    sim = Simulation(LIMITS, num_blocks=64, depth=1, recordings=rooms)
     sim.add(one(0, range(16), 5))  # takes a slot and 4 or 5 blocks
     turns = []
     while sim.step():
         turns.append(recording_of(sim.last_plan))
-    assert turns == [0, None, None, None, None, None, 1]
+    assert turns == [0, None, 2, None, None, None, None, 1]
     sim.check_at_rest()
 
 
@@ -486,7 +487,7 @@ def test_what_a_recording_writes_over_is_no_cached_prefix_any_more():
     sim.add(one(0, prompt, 2))
     sim.finish(limit=50)
     assert sim.scheduler._cached_prefix(one(1, prompt, 2))
-    sim.scheduler._recordings = [RecordingRoom(1, 1, 8)]
+    sim.scheduler._recordings, sim.scheduler._to_record = [RecordingRoom(1, 1, 8)], [0]
     assert recording_of(run_one(sim)[0]) == 0
     assert not sim.scheduler._cached_prefix(one(1, prompt, 2))
 
