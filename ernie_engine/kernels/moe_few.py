@@ -36,7 +36,6 @@ DOWN_TABLE = {
     (DEFAULT, 8192): {"BLOCK": 2, "BLOCK_K": 256, "STAGES": 1, "num_warps": 4},
     ("sm_90", 512): {"BLOCK": 4, "BLOCK_K": 256, "STAGES": 1, "num_warps": 8},
     ("sm_90", 1024): {"BLOCK": 2, "BLOCK_K": 256, "STAGES": 1, "num_warps": 8},
-    ("sm_90", 1536): {"BLOCK": 1, "BLOCK_K": 2048, "STAGES": 1, "num_warps": 2},
     ("sm_90", 8192): {"BLOCK": 4, "BLOCK_K": 128, "STAGES": 2, "num_warps": 4},
 }
 DOWN_CANDIDATES = [

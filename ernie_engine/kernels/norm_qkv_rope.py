@@ -36,7 +36,7 @@ TABLE = {
     (DEFAULT, 4096): {"BLOCK_N": 8, "num_warps": 8},
     (DEFAULT, 8192): {"BLOCK_N": 4, "num_warps": 8},
     ("sm_90", 1024): {"BLOCK_N": 4, "num_warps": 2},
-    ("sm_90", 2560): {"BLOCK_N": 4, "num_warps": 4},
+    ("sm_90", 2560): {"BLOCK_N": 8, "num_warps": 4},
     ("sm_90", 8192): {"BLOCK_N": 2, "num_warps": 8},
 }
 CANDIDATES = [
