@@ -1,8 +1,9 @@
 """Milliseconds a decode step and prompt tokens a second, beside what the hardware allows.
 
-Decode: (time of n new tokens - time of 1) / (n - 1), all prompts submitted at once. Prefill: the
-time to one new token. Owns these definitions and the table of cases; runs them through
-Engine.generate(), so that the figures are what a user gets.
+Decode: (time of n new tokens - time of 1) / (n - 1), all prompts submitted at once; the time of 1
+is the mean of a run before and one after, for prompts that take seconds take longer the longer the
+card has been at its power limit. Prefill: the time to one new token. Owns these definitions and the
+table of cases; runs them through Engine.generate(), so that the figures are what a user gets.
 """
 
 import statistics
@@ -27,7 +28,7 @@ from ernie_engine.bench.workload import GREEDY, SAMPLED, model_ids, random_promp
 from ernie_engine.engine.engine import Engine
 from ernie_engine.engine.request import SamplingParams
 
-REPETITIONS = 3  # a step is the difference of two times that may be of seconds: one is noise
+REPETITIONS = 3
 WARM_UP_TOKENS = 9
 MAX_MODEL_LEN = 33000  # what all cases but 1x131071 need
 TRACED_STEPS = 20
@@ -154,11 +155,12 @@ class StepBench:
         draw, memory = self._prompts_of(case), MemoryPeak(self.engine.config.device)
         expected = 0.0 if case.is_prefill else self._expected_seconds(case, draw())
         times: list[float] = []
+        repetitions = self._times(case, draw)
         while len(times) < REPETITIONS:
             began = self.clock()
             if began + expected > self._deadline:
                 break
-            times.append(self._one_time(case, draw()))
+            times.append(next(repetitions))
             expected = self.clock() - began
         if not times:
             return CaseResult(case, note=f"skipped: about {expected:.0f} s a repetition")
@@ -198,18 +200,23 @@ class StepBench:
         )
         return replace(result, trace=trace)
 
-    def _one_time(self, case: Case, prompts: list[list[int]]) -> float:
-        first = self._seconds(prompts, 1, case.cached_len)
+    def _times(self, case: Case, draw: Callable[[], list[list[int]]]) -> Iterator[float]:
+        """Of one repetition after the other, as often as asked."""
         if case.is_prefill:
-            return first
-        return (self._seconds(prompts, case.num_tokens) - first) / (case.num_tokens - 1)
+            while True:
+                yield self._seconds(draw(), 1, case.cached_len)
+        before = self._seconds(draw(), 1)
+        while True:
+            whole, after = self._seconds(draw(), case.num_tokens), self._seconds(draw(), 1)
+            yield (whole - (before + after) / 2) / (case.num_tokens - 1)
+            before = after
 
     def _expected_seconds(self, case: Case, prompts: list[list[int]]) -> float:
-        """The warm-up, and how long it lets expect a repetition to be."""
+        """The warm-up, and how long it lets expect the first repetition to be."""
         num_tokens = min(WARM_UP_TOKENS, case.num_tokens)
         first = self._seconds(prompts, 1)
         more = max(0.0, self._seconds(prompts, num_tokens) - first)
-        return 2 * first + more * (case.num_tokens - 1) / (num_tokens - 1)
+        return 3 * first + more * (case.num_tokens - 1) / (num_tokens - 1)
 
     def _seconds(self, prompts: list[list[int]], num_tokens: int, cached_len: int = 0) -> float:
         """Until all are answered; of each prompt `cached_len` tokens must have been cached."""

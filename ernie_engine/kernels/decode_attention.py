@@ -70,7 +70,7 @@ TABLE_FP32 = {
 WIDE_STAGES = tl.constexpr(3)  # of a wide tile: block ids, then keys and values
 WIDE_ROWS = 16  # rows of a product beside which shared memory has room for a wide tile
 MIN_SPLIT_KEYS = 64  # a range has no fewer: merging would cost more than it saves
-MERGED_NUMBERS = 4096  # numbers, of several splits, that a merging program asks for together
+MERGED_NUMBERS = 8192  # numbers, of several splits, that a merging program asks for together
 MAX_GATHERED_TOKENS = 1 << 18  # rows x longest context of one padded batch
 
 
@@ -97,20 +97,26 @@ def _merge(
     acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     top = tl.full([ROWS], float("-inf"), tl.float32)
-    # One after the other, for no sum then crosses threads; loads of AT_ONCE are on their way.
+    # In loops, for no sum then crosses threads. AT_ONCE splits are loaded together and share one
+    # step of the maximum. Rows that are not real load nothing, and what they hold is not stored.
+    row_lse, row_values = lse + pair, values + pair[:, None] * HEAD_DIM + dims[None, :]
     for start in tl.range(0, used, AT_ONCE):
+        new_top, parts, tiles = top, (), ()
         for i in tl.static_range(AT_ONCE):
-            inside = real & (start + i < used)
-            result = (start + i) * stride + pair
-            part = tl.load(lse + result, mask=inside, other=float("-inf"), cache_modifier=".cg")
-            tile = values + result[:, None] * HEAD_DIM + dims[None, :]
-            value = tl.load(tile, mask=inside[:, None], other=0.0, cache_modifier=".cg")
-            new_top = tl.maximum(top, part)
-            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-            keep, weight = tl.exp2(top - shift), tl.exp2(part - shift)
-            acc = acc * keep[:, None] + weight[:, None] * value
-            total = total * keep + weight
-            top = new_top
+            result = tl.minimum(start + i, used - 1) * stride
+            part = tl.load(row_lse + result, mask=real, cache_modifier=".cg")
+            tile = row_values + result * HEAD_DIM
+            tiles += (tl.load(tile, mask=real[:, None], cache_modifier=".cg"),)
+            part = tl.where(start + i < used, part, float("-inf"))
+            new_top = tl.maximum(new_top, part)
+            parts += (part,)
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        keep = tl.exp2(top - shift)
+        acc, total, top = acc * keep[:, None], total * keep, new_top
+        for i in tl.static_range(AT_ONCE):
+            weight = tl.exp2(parts[i] - shift)
+            acc += weight[:, None] * tiles[i]
+            total += weight
     acc /= tl.where(total > 0, total, 1.0)[:, None]
     places = out + pair[:, None] * HEAD_DIM + dims[None, :]
     tl.store(places, acc.to(out.dtype.element_ty), mask=real[:, None])

@@ -20,9 +20,11 @@ H200 = Ceilings(4.47e12, 804e12)
 
 @dataclass
 class MadeUpEngine:
-    """A prompt token takes 1 ms, a step `step_s`; every call is kept."""
+    """A prompt token takes 1 ms, and by `slower` more with each call, a step `step_s`; every call
+    is kept."""
 
     step_s: float = 0.010
+    slower: float = 0.0
     max_model_len: int = 33000
     num_kv_blocks: int = 10**6
     max_num_seqs: int = 256
@@ -50,7 +52,8 @@ class MadeUpEngine:
         self.calls.append((prompts, params))
         count = params[0].max_tokens
         hits = [self.find(tuple(prompt)) for prompt in prompts]
-        self.now += 0.001 * (sum(map(len, prompts)) - sum(hits)) + (count - 1) * self.step_s
+        prompt_s = 0.001 * (1 + self.slower * len(self.calls))
+        self.now += prompt_s * (sum(map(len, prompts)) - sum(hits)) + (count - 1) * self.step_s
         answer = [SimpleNamespace(token_ids=[0] * count)]
         return [SimpleNamespace(outputs=answer, num_cached_tokens=hit) for hit in hits]
 
@@ -106,11 +109,16 @@ def test_a_decode_step_is_the_difference_of_two_times():
     assert (row["bound"], "note" in row) == ("memory", False)
 
 
+def test_prompts_that_take_longer_each_time_do_not_show():
+    result = measure(MadeUpEngine(step_s=0.010, slower=0.01), case("b=1@32k"))
+    assert result.times == pytest.approx([0.010] * 3)
+
+
 def test_all_prompts_at_once_greedy_and_without_an_end():
     engine = MadeUpEngine()
     measure(engine, case("b=8"))
     measured = engine.calls[2:]  # after the warm-up
-    assert [params[0].max_tokens for _, params in measured] == [1, 256] * 3
+    assert [params[0].max_tokens for _, params in measured] == [1] + [256, 1] * 3
     for prompts, params in measured:
         assert [len(prompt) for prompt in prompts] == [128] * 8
         assert len({tuple(prompt) for prompt in prompts}) == 8
