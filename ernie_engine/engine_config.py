@@ -10,12 +10,21 @@ import re
 from dataclasses import dataclass, fields
 
 from ernie_engine.config import ModelConfig
+from ernie_engine.options import option
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 KERNELS_HELP = (
     "implementations of the ops: torch, triton, or such as triton,-linear (that op in torch); "
     "auto: what the environment variable ERNIE_KERNELS says, which any other value overrules"
+)
+BUDGET_HELP = (
+    "a step's tokens; None: 8192, with which none of 32 running requests waited longer than 0.25 s "
+    "for a token while a prompt of 32,000 came in (21B-A3B, H200; 2048: 0.1 s, docs/performance.md)"
+)
+CACHE_HELP = (
+    "of one rank; None: what is left of the GPU's memory, on a CPU 4 GiB; if it is given, leave "
+    "room for CUDA graphs yourself"
 )
 
 
@@ -26,30 +35,30 @@ class EngineConfig:
     None and "auto" are settled by resolve(), which the engine calls once.
     """
 
-    model: str  # the checkpoint's folder
-    dtype: str = "auto"  # of weights and activations; auto: the checkpoint's
-    device: str = "auto"  # "cpu", "cuda" (the first), "cuda:N"; auto: a GPU if there is one
-    load_format: str = "auto"  # auto: safetensors; dummy: random weights, for speed only
-    kernels: str = dataclasses.field(default="auto", metadata={"help": KERNELS_HELP})
-    enforce_eager: bool = False  # no CUDA graphs: each step launches its kernels one by one
-    log_kernels: bool = False  # count each op's calls and print them at the end
-    max_model_len: int | None = None  # prompt and answer; None: the model's
-    max_num_seqs: int = 256  # requests running at once
-    max_num_batched_tokens: int | None = None  # a step's token budget
-    block_size: int = 16  # tokens in a K/V block
-    gpu_memory_utilization: float = 0.9  # share of the card's memory for everything
-    kv_cache_memory_bytes: int | None = None  # a rank's; overrides the measurement; CPU: 4 GiB
-    enable_prefix_caching: bool = True
-    enable_chunked_prefill: bool = True
-    max_steps_in_flight: int | None = None  # None: one a pipeline stage, one more on a GPU
-    max_logprobs: int = 20
-    tensor_parallel_size: int | None = None  # None: 1; under torchrun, what fits a host
-    pipeline_parallel_size: int | None = None  # None: 1; under torchrun, the rest of the ranks
-    enable_expert_parallel: bool = False  # deal experts out whole instead of cutting each
-    distributed_timeout_seconds: int = 600  # of a collective, and of the ranks' meeting
-    peer_timeout_seconds: float = 10.0  # silence or a step without progress: that rank is lost
-    control_port: int | None = None  # of rank 0, for plans and results; None: any free one
-    debug: bool = False  # every rank checks every plan's digest and every step's tokens
+    model: str = option(dataclasses.MISSING, "the checkpoint's folder")
+    dtype: str = option("auto", "of weights and activations; auto: the checkpoint's")
+    device: str = option("auto", "cpu, cuda (the first) or cuda:N; auto: a GPU if there is one")
+    load_format: str = option("auto", "auto: safetensors; dummy: random weights, for speed only")
+    kernels: str = option("auto", KERNELS_HELP)
+    enforce_eager: bool = option(False, "no CUDA graphs: kernels are launched one by one")
+    log_kernels: bool = option(False, "count each op's calls and print them at the end")
+    max_model_len: int | None = option(None, "prompt and answer; None: the model's")
+    max_num_seqs: int = option(256, "requests running at once")
+    max_num_batched_tokens: int | None = option(None, BUDGET_HELP)
+    block_size: int = option(16, "tokens in a K/V block")
+    gpu_memory_utilization: float = option(0.9, "share of the card's memory for everything")
+    kv_cache_memory_bytes: int | None = option(None, CACHE_HELP)
+    enable_prefix_caching: bool = option(True, "prompts share the blocks of equal beginnings")
+    enable_chunked_prefill: bool = option(True, "a long prompt is read in several steps")
+    max_steps_in_flight: int | None = option(None, "None: one a stage, one more on a GPU")
+    max_logprobs: int = option(20, "the most alternatives that a request may ask for")
+    tensor_parallel_size: int | None = option(None, "None: 1; under torchrun, what fits a host")
+    pipeline_parallel_size: int | None = option(None, "None: 1; under torchrun, the other ranks")
+    enable_expert_parallel: bool = option(False, "deal experts out whole, do not cut each")
+    distributed_timeout_seconds: int = option(600, "of a collective, and of the ranks' meeting")
+    peer_timeout_seconds: float = option(10.0, "silence, or a step that stands still: a lost rank")
+    control_port: int | None = option(None, "of rank 0, for plans and results; None: a free one")
+    debug: bool = option(False, "every rank checks every plan's digest and every step's tokens")
 
     def __post_init__(self) -> None:
         _check_one_of("dtype", self.dtype, DTYPES)

@@ -50,7 +50,7 @@ def room_of(module: str) -> str:
     parts = module.split(".")[1:]
     if not parts or parts[0][0].isupper():  # a public name
         return "engine"
-    if parts[0] in ("config", "engine_config", "version"):
+    if parts[0] in ("config", "engine_config", "options", "version"):
         return "config"
     if parts[0] == "engine" and len(parts) > 1 and parts[1] in MIND:
         return "mind"

@@ -3,7 +3,7 @@ it in the report. An engine in this process, or a server.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ernie_engine.bench.workload import WorkloadSpec, model_ids, usable_ids
 from ernie_engine.config import ModelConfig
 from ernie_engine.engine.engine import Engine
 from ernie_engine.engine.request import SamplingParams
+from ernie_engine.options import option
 from ernie_engine.text.tokenizer import load_tokenizer
 
 
@@ -54,14 +55,10 @@ def engine_target(
 class ServerOptions:
     """Which model of a server, and what the server may not tell itself. Flags of bench.py."""
 
-    model: str | None = field(default=None, metadata={"help": "None: the first that is served"})
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "the served checkpoint's folder; None: the model's root"}
-    )
-    vocab_size: int | None = field(
-        default=None, metadata={"help": "without such a folder: all ids below it are drawn"}
-    )
-    timeout_s: float | None = field(default=None, metadata={"help": "of one request"})
+    model: str | None = option(None, "None: the first that is served")
+    tokenizer: str | None = option(None, "the served checkpoint's folder; None: the model's root")
+    vocab_size: int | None = option(None, "without such a folder: all ids below it are drawn")
+    timeout_s: float | None = option(None, "of one request")
 
 
 def server_target(

@@ -5,12 +5,13 @@ All of it is drawn from one seed, before the clock starts. Never talks to whoeve
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ernie_engine.config import ModelConfig
+from ernie_engine.options import option
 from ernie_engine.text.tokenizer import Tokenizer
 
 PROBE_TOKENS = 16
@@ -22,15 +23,11 @@ class WorkloadSpec:
 
     num_prompts: int = 100
     max_input_len: int = 512
-    min_input_len: int | None = field(default=None, metadata={"help": "None: max_input_len"})
+    min_input_len: int | None = option(None, "None: max_input_len")
     max_output_len: int = 128
-    min_output_len: int | None = field(default=None, metadata={"help": "None: max_output_len"})
-    request_rate: float | None = field(
-        default=None, metadata={"help": "requests a second; None: all at once"}
-    )
-    burstiness: float = field(
-        default=1.0, metadata={"help": "shape of the gamma distribution of gaps; 1: Poisson"}
-    )
+    min_output_len: int | None = option(None, "None: max_output_len")
+    request_rate: float | None = option(None, "requests a second; None: all at once")
+    burstiness: float = option(1.0, "shape of the gamma distribution of gaps; 1: Poisson")
     seed: int = 0
 
     def __post_init__(self) -> None:

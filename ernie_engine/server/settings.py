@@ -7,37 +7,35 @@ import hashlib
 import ipaddress
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ernie_engine.options import option
+
 KEY_VARIABLE = "ERNIE_API_KEY"
-
-
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     """ValueError on a bad value, naming the field."""
 
-    host: str = _option("127.0.0.1", "address to listen on")
-    port: int = _option(30000, "0 takes any free port")
-    served_model_name: tuple[str, ...] = _option((), "names for clients; default: --model as typed")
-    api_key: tuple[str, ...] = _option((), "keys; others see argv, so rather use the next one")
-    api_key_file: str | None = _option(None, f"file with one key a line; or set {KEY_VARIABLE}")
-    metrics_without_key: bool = _option(False, "let /metrics be read without a key")
-    allowed_hosts: tuple[str, ...] = _option((), "Host names accepted besides loopback ones")
-    allowed_origins: tuple[str, ...] = _option((), "web pages (CORS) that may call the server")
-    shutdown_timeout: float = _option(10.0, "seconds that running requests get after SIGTERM")
-    stall_timeout: float = _option(60.0, "seconds without a step until /health says 503")
-    max_num_queued_reqs: int = _option(4096, "requests in the server at once; n counts n")
-    max_num_queued_tokens: int = _option(4 << 20, "prompt tokens that wait to be read")
-    strict_fields: bool = _option(False, "refuse unknown request fields")
-    usage_on_finish: bool = _option(False, "with stream usage, also send it with finish_reason")
-    sse_keep_alive: float = _option(15.0, "seconds of silence until a stream gets a comment; 0: no")
-    metrics_prefix: str = _option("ernie", "of the names in /metrics")
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(30000, "0 takes any free port")
+    served_model_name: tuple[str, ...] = option((), "names for clients; default: --model as typed")
+    api_key: tuple[str, ...] = option((), "keys; others see argv, so rather use the next one")
+    api_key_file: str | None = option(None, f"file with one key a line; or set {KEY_VARIABLE}")
+    metrics_without_key: bool = option(False, "let /metrics be read without a key")
+    allowed_hosts: tuple[str, ...] = option((), "Host names accepted besides loopback ones")
+    allowed_origins: tuple[str, ...] = option((), "web pages (CORS) that may call the server")
+    shutdown_timeout: float = option(10.0, "seconds that running requests get after SIGTERM")
+    stall_timeout: float = option(60.0, "seconds without a step until /health says 503")
+    max_num_queued_reqs: int = option(4096, "requests in the server at once; n counts n")
+    max_num_queued_tokens: int = option(4 << 20, "prompt tokens that wait to be read")
+    strict_fields: bool = option(False, "refuse unknown request fields")
+    usage_on_finish: bool = option(False, "with stream usage, also send it with finish_reason")
+    sse_keep_alive: float = option(15.0, "seconds of silence until a stream gets a comment; 0: no")
+    metrics_prefix: str = option("ernie", "of the names in /metrics")
 
     def __post_init__(self) -> None:
         for name in ("max_num_queued_reqs", "max_num_queued_tokens"):
