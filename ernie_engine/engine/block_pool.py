@@ -7,7 +7,7 @@ is handed out again, least recently freed first.
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
 DIGEST_SIZE = 16
@@ -84,16 +84,21 @@ class BlockPool:
                     self._free.move_to_end(block, last=False)
 
 
-def chain_digests(
-    parent: bytes, token_ids: Sequence[int], block_size: int, key: bytes
-) -> Iterator[bytes]:
-    """A digest for each full block of `token_ids`, each naming its tokens and all before it.
+class PrefixHash:
+    """`digests` of a sequence's full blocks, each naming the tokens of its block and all before.
 
-    Keyed BLAKE2b, 128 bits: nobody without `key` can make two prefixes collide.
+    Keyed BLAKE2b, 128 bits, over tokens as int64: nobody without `key` can make two prefixes
+    collide.
     """
-    tokens = array("q", token_ids)
-    data, size = tokens.tobytes(), block_size * tokens.itemsize
-    for start in range(0, len(data) - size + 1, size):
-        block = data[start : start + size]
-        parent = blake2b(parent + block, digest_size=DIGEST_SIZE, key=key).digest()
-        yield parent
+
+    def __init__(self, block_size: int, key: bytes):
+        self.block_size, self.digests = block_size, list[bytes]()
+        self._hash = blake2b(digest_size=DIGEST_SIZE, key=key)
+
+    def extend(self, token_ids: "array[int]") -> None:
+        """Up to the last full block of the sequence, whose beginning is what it was."""
+        data = token_ids[len(self.digests) * self.block_size :].tobytes()
+        size = self.block_size * token_ids.itemsize
+        for start in range(0, len(data) - size + 1, size):
+            self._hash.update(data[start : start + size])
+            self.digests.append(self._hash.digest())

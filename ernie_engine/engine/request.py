@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from ernie_engine.engine.block_pool import PrefixHash
 from ernie_engine.engine.plan import NO_LOGPROBS, SamplingSpec, TokenLogprobs
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -137,7 +138,7 @@ class Request:
     sampled_by: int = -1  # the last step that drew one
     started_at: float = 0.0  # by the loop's clock: when it was first planned
     block_ids: list[int] = field(default_factory=list)
-    digests: list[bytes] = field(default_factory=list)  # of the full blocks of known tokens
+    prefix: PrefixHash | None = None  # of the known tokens, once somebody has asked
     num_published: int = 0  # leading blocks that the pool knows by digest
     finished: bool = False
 

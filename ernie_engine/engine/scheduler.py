@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from ernie_engine.engine.block_pool import BlockPool, chain_digests
+from ernie_engine.engine.block_pool import BlockPool, PrefixHash
 from ernie_engine.engine.plan import (
     NewSlot,
     Recording,
@@ -366,15 +366,15 @@ class Scheduler:
         must be scored are computed, whatever is cached."""
         if not self.limits.enable_prefix_caching or request.wants_prompt_logprobs:
             return []
-        self._extend_digests(request)
         most = (request.num_tokens - 1) // self.limits.block_size
-        return self.pool.match(request.digests[:most])
+        return self.pool.match(self._digests_of(request)[:most])
 
-    def _extend_digests(self, request: Request) -> None:
-        size, done = self.limits.block_size, len(request.digests)
-        parent = request.digests[-1] if request.digests else b""
-        tokens = request.token_ids[done * size :]
-        request.digests.extend(chain_digests(parent, tokens, size, self.digest_key))
+    def _digests_of(self, request: Request) -> list[bytes]:
+        """Of its full blocks of known tokens."""
+        if request.prefix is None:
+            request.prefix = PrefixHash(self.limits.block_size, self.digest_key)
+        request.prefix.extend(request.token_ids)
+        return request.prefix.digests
 
     def _publish(self, request: Request) -> None:
         """Offer the blocks that are full of known and computed tokens for sharing."""
@@ -384,9 +384,9 @@ class Scheduler:
         num_full = num_known // self.limits.block_size
         if num_full <= request.num_published:
             return
-        self._extend_digests(request)
+        digests = self._digests_of(request)
         for i in range(request.num_published, num_full):
-            self.pool.publish(request.block_ids[i], request.digests[i])
+            self.pool.publish(request.block_ids[i], digests[i])
         request.num_published = num_full
 
     def _release_blocks(self, request: Request) -> None:

@@ -1,12 +1,20 @@
 """Reference counts, sharing and eviction of KV blocks."""
 
+from array import array
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ernie_engine.engine.block_pool import BlockPool, chain_digests
+from ernie_engine.engine.block_pool import BlockPool, PrefixHash
 
 KEY = b"key"
+
+
+def digests_of(tokens, size, key=KEY):
+    prefix = PrefixHash(size, key)
+    prefix.extend(array("q", tokens))
+    return prefix.digests
 
 
 def test_take_and_release():
@@ -29,7 +37,7 @@ def test_releasing_twice_is_caught():
 def test_a_published_prefix_is_shared_and_counted():
     pool = BlockPool(4)
     blocks = pool.take((), 2)
-    digests = list(chain_digests(b"", [1, 2, 3, 4], 2, KEY))
+    digests = digests_of([1, 2, 3, 4], 2)
     for block, digest in zip(blocks, digests, strict=True):
         pool.publish(block, digest)
     assert pool.match(digests) == blocks
@@ -75,19 +83,20 @@ def test_the_first_block_with_a_prefix_stays_the_known_one():
 
 @given(st.lists(st.integers(0, 5), max_size=40), st.integers(1, 7), st.integers(0, 39))
 def test_a_digest_names_all_tokens_up_to_its_block(tokens, size, change):
-    digests = list(chain_digests(b"", tokens, size, KEY))
+    digests = digests_of(tokens, size)
     assert len(digests) == len(tokens) // size
-    assert digests != list(chain_digests(b"", tokens, size, b"other")) or not digests
+    assert digests != digests_of(tokens, size, b"other") or not digests
     if change < len(tokens):
         other = [*tokens[:change], 9, *tokens[change + 1 :]]
-        changed = list(chain_digests(b"", other, size, KEY))
+        changed = digests_of(other, size)
         same = change // size  # blocks wholly before the change
         assert changed[:same] == digests[:same]
         assert all(a != b for a, b in zip(changed[same:], digests[same:], strict=True))
 
 
-def test_digests_continue_where_they_ended():
-    tokens = list(range(12))
-    whole = list(chain_digests(b"", tokens, 3, KEY))
-    rest = list(chain_digests(whole[1], tokens[6:], 3, KEY))
-    assert whole == whole[:2] + rest
+@given(st.lists(st.integers(0, 5), max_size=40), st.integers(1, 7), st.integers(0, 40))
+def test_digests_continue_where_they_ended(tokens, size, first):
+    prefix = PrefixHash(size, KEY)
+    prefix.extend(array("q", tokens[:first]))
+    prefix.extend(array("q", tokens))
+    assert prefix.digests == digests_of(tokens, size)
