@@ -1,7 +1,9 @@
 """Units of the experts' products on Hopper, in Gluon: which one a program does next.
 
 A unit is a tile of sorted entries by a block of an expert's rows of weights; the shared experts
-come first, as one more expert of all tokens. Owns the order of units and how the loading warps tell
+come first, as one more expert of all tokens. All blocks of a tile, then the next tile of the same
+expert: programs that run together read the same entries, and an expert's weights come from memory
+once and from the L2 cache for its other tiles. Owns that order and how the loading warps tell
 it to the computing ones. Never touches an operand.
 """
 
