@@ -1,9 +1,10 @@
 """Milliseconds a decode step and prompt tokens a second, beside what the hardware allows.
 
 Decode: (time of n new tokens - time of 1) / (n - 1), all prompts submitted at once; the time of 1
-is the mean of a run before and one after, for prompts that take seconds take longer the longer the
-card has been at its power limit. Prefill: the time to one new token. Owns these definitions and the
-table of cases; runs them through Engine.generate(), so that the figures are what a user gets.
+is the mean of a run before and one after, or what prompts of seconds take longer each time (a card
+at its power limit) would count as steps. Prefill: the time to one new token. Owns these definitions
+and the table of cases; runs them through Engine.generate(), so that the figures are what a user
+gets.
 """
 
 import statistics

@@ -32,8 +32,8 @@ from ernie_engine.kernels.paged_attention import (
 from ernie_engine.kernels.products import empty_sum
 from ernie_engine.kernels.tickets import is_last, tickets
 
-# By rows x K/V heads, the number of programs before a context is split. WIDE: a tile for contexts
-# whose ranges then have one each; 0: as the others.
+# By rows x K/V heads, the number of programs before a context is split. WIDE: a tile, in
+# WIDE_STAGES, for contexts whose ranges then have one each; 0: as the others.
 TABLE = {
     (DEFAULT, 16): {"SPLITS": 8, "BLOCK_N": 64, "WIDE": 0, "num_warps": 4, "num_stages": 2},
     (DEFAULT, 128): {"SPLITS": 4, "BLOCK_N": 64, "WIDE": 0, "num_warps": 4, "num_stages": 2},
@@ -58,6 +58,7 @@ CANDIDATES = [
         (64, 0, 4, 5),
         (128, 0, 4, 3),
         (128, 0, 4, 5),
+        (128, 128, 4, 5),
         (128, 256, 8, 5),
     )
 ]
@@ -98,7 +99,8 @@ def _merge(
     total = tl.zeros([ROWS], tl.float32)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     # In loops, for no sum then crosses threads. AT_ONCE splits are loaded together and share one
-    # step of the maximum. Rows that are not real load nothing, and what they hold is not stored.
+    # step of the maximum, which is finite: every query sees a key of the first. Rows that are not
+    # real load nothing, and what they hold is not stored.
     row_lse, row_values = lse + pair, values + pair[:, None] * HEAD_DIM + dims[None, :]
     for start in tl.range(0, used, AT_ONCE):
         new_top, parts, tiles = top, (), ()
@@ -110,14 +112,13 @@ def _merge(
             part = tl.where(start + i < used, part, float("-inf"))
             new_top = tl.maximum(new_top, part)
             parts += (part,)
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        keep = tl.exp2(top - shift)
+        keep = tl.exp2(top - new_top)
         acc, total, top = acc * keep[:, None], total * keep, new_top
         for i in tl.static_range(AT_ONCE):
-            weight = tl.exp2(parts[i] - shift)
+            weight = tl.exp2(parts[i] - top)
             acc += weight[:, None] * tiles[i]
             total += weight
-    acc /= tl.where(total > 0, total, 1.0)[:, None]
+    acc /= total[:, None]
     places = out + pair[:, None] * HEAD_DIM + dims[None, :]
     tl.store(places, acc.to(out.dtype.element_ty), mask=real[:, None])
 

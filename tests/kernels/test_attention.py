@@ -244,6 +244,17 @@ def test_decode_splits(monkeypatch, dtype, splits, block_n, wide):
 
 
 @half_and_single
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_splits_are_merged_in_several_rounds(monkeypatch, dtype, at_once):
+    row = {"SPLITS": 16, "BLOCK_N": 16, "WIDE": 0, "num_warps": 4, "num_stages": 2}
+    for table in ("TABLE", "TABLE_FP32"):
+        monkeypatch.setattr(decode, table, {(DEFAULT, 1): row})
+    rows, head_dim = 64, 16  # of 5 heads and 8 query tokens
+    monkeypatch.setattr(decode, "MERGED_NUMBERS", at_once * rows * head_dim)
+    check("decode", make(LONG_DECODES, (5, 1), head_dim, dtype))
+
+
+@half_and_single
 @pytest.mark.parametrize("num_rows", [3, 20, 140])  # a bucket of the table each
 def test_decode_at_each_bucket(dtype, num_rows):
     rows = [(1, 1 + 41 * row % 37) for row in range(num_rows)]
