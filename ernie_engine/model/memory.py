@@ -76,7 +76,8 @@ def measure_free_memory(
     if (maker := maker_with(kv)) is not None:
         model = runner.model
         logits_bytes = 4 * model.vocab_size if model.is_last else 0
-        for_graphs = bytes_of_graphs(maker, runner.pipe.bytes_per_token, logits_bytes)
+        hidden_bytes, has_collectives = runner.pipe.bytes_per_token, config.tensor_parallel_size > 1
+        for_graphs = bytes_of_graphs(maker, hidden_bytes, logits_bytes, has_collectives)
     del runner, maker, kv
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)

@@ -37,6 +37,9 @@ BEFORE = 0.5  # K and V where a compared step has written nothing
 # What the driver keeps for a graph of some hundred kernels, with a margin: 37 of 21B-A3B took 0.43
 # GiB with all that they give, where 0.72 were set aside.
 GRAPH_BYTES = 8 << 20
+# And NCCL for a graph's collectives: 44 of 21B-A3B's share on each of two GPUs took 0.84 GiB, where
+# 0.74 had been set aside with the above.
+NCCL_GRAPH_BYTES = 8 << 20
 # Relative RMS difference of what a replay gives from what an eager run does. The kernels are the
 # same and equal bits are expected; but a library may choose another kernel while it is recorded,
 # and what differs by a rounding may send a token to another expert.
@@ -215,11 +218,13 @@ def compare(found: Tensor, expected: Tensor, shape: StepShape) -> bool:
     return False
 
 
-def bytes_of_graphs(maker: GraphMaker, hidden_bytes: int, logits_bytes: int) -> int:
+def bytes_of_graphs(
+    maker: GraphMaker, hidden_bytes: int, logits_bytes: int, has_collectives: bool
+) -> int:
     """The GPU memory that all graphs will take; hidden_bytes, logits_bytes: of one token's.
 
     The two that make the pool as large as it gets are recorded and measured, and dropped. Of each
-    other there are the hidden stream and the logits that it gives and what the driver keeps.
+    other there are the hidden stream and the logits that it gives, and what driver and NCCL keep.
     """
     largest = maker.shapes.largest_first[:2]
     others = maker.shapes.largest_first[2:]
@@ -228,7 +233,8 @@ def bytes_of_graphs(maker: GraphMaker, hidden_bytes: int, logits_bytes: int) -> 
     measured = before - free_memory()
     del made
     few = sum(s.num_rows for s in others if s.num_decodes and s.num_rows <= MOST_LOGITS)
-    given = sum(GRAPH_BYTES + s.num_tokens * hidden_bytes for s in others) + few * logits_bytes
+    kept = GRAPH_BYTES + (NCCL_GRAPH_BYTES if has_collectives else 0)
+    given = sum(kept + s.num_tokens * hidden_bytes for s in others) + few * logits_bytes
     return max(0, measured) + given
 
 

@@ -551,13 +551,15 @@ def test_what_recordings_took_is_told_at_the_end(runner, monkeypatch, caplog):
     assert "took more than the 0.88 GiB set aside" in caplog.text
 
 
+@pytest.mark.parametrize("has_collectives", [False, True])
 def test_the_bytes_of_graphs_are_two_measured_ones_and_an_estimate_of_the_others(
-    runner, monkeypatch
+    runner, monkeypatch, has_collectives
 ):
     maker, free = maker_of(runner, Rerun()), iter([1000 << 20, 900 << 20])
     monkeypatch.setattr(recording, "free_memory", lambda: next(free))
-    found = recording.bytes_of_graphs(maker, hidden_bytes=128, logits_bytes=3000)
-    assert found == (100 << 20) + 2 * recording.GRAPH_BYTES + (1 + 16) * 128 + 3000
+    found = recording.bytes_of_graphs(maker, 128, 3000, has_collectives)
+    kept = recording.GRAPH_BYTES + has_collectives * recording.NCCL_GRAPH_BYTES
+    assert found == (100 << 20) + 2 * kept + (1 + 16) * 128 + 3000
 
 
 @pytest.mark.slow
