@@ -6,11 +6,15 @@ those kernels rely on: before the one thread that arrives at an mbarrier for a g
 """
 
 from torch import Tensor
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ernie_engine.kernels import launch
+
 # Triton 3.6 has the former name, 3.7 the latter.
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # pyright: ignore[reportAttributeAccessIssue]
+wait_for_inputs = gluon.jit(launch.wait_for_inputs.fn)  # in Gluon
 
 
 def boxes_of(tensor: Tensor, *box: int) -> TensorDescriptor:

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ernie_engine.kernels.hopper import barrier
+from ernie_engine.kernels.hopper import barrier, wait_for_inputs
 from ernie_engine.kernels.moe_loading import BLOCK_K, ROWS, STAGES
 from ernie_engine.kernels.moe_units import PLACES, hear, num_columns
 
@@ -104,12 +104,14 @@ def compute_units(
     S: gl.constexpr,
     GATE_UP: gl.constexpr,
     MINE: gl.constexpr,
+    PDL: gl.constexpr,
 ):
     """A group of computing warps: the first PLACES of each tile (MINE 0) or the others."""
     order, _, _, _, num_tokens = work
     DTYPE: gl.constexpr = out.dtype.element_ty
     places = MINE * PLACES + gl.arange(0, PLACES, gl.SliceLayout(1, MEMORY))
     step, turn = 0, 1
+    wait_for_inputs(PDL)
     expert, first, last, block = hear(news, 0)
     while block >= 0:
         routed, place, end = expert >= 0, first + places, num_columns(expert, H, I, S, GATE_UP)

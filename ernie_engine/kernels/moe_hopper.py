@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from ernie_engine.kernels.expert_sort import Tiles
 from ernie_engine.kernels.hopper import boxes_of
-from ernie_engine.kernels.launch import is_hopper, num_multiprocessors, pick
+from ernie_engine.kernels.launch import is_hopper, num_multiprocessors, overlap, pick
 from ernie_engine.kernels.moe_computing import compute_units
 from ernie_engine.kernels.moe_loading import BLOCK_K, LOADERS, ROWS, STAGES, load_units
 from ernie_engine.kernels.moe_units import PLACES, SLOTS
@@ -63,6 +63,7 @@ def _grouped_hopper_kernel(
     S: gl.constexpr,
     GATE_UP: gl.constexpr,
     AT_ONCE: gl.constexpr,
+    PDL: gl.constexpr,
 ):
     """GATE_UP: tokens [T, H], weights as descriptors of [2 E, I, H] and [2, S, H] -> out [T k, I]
     in sorted order, shared_out [T, S]. Else descriptors of these two, of [E, H, I] and [1, H, S],
@@ -99,11 +100,11 @@ def _grouped_hopper_kernel(
     gl.warp_specialize(
         [
             (compute_units, (weights, out, shared_out, a_tiles, b_tiles, staging.index(0), barriers,
-                             news, work, TOP_K, H, I, S, GATE_UP, 0)),
+                             news, work, TOP_K, H, I, S, GATE_UP, 0, PDL)),
             (compute_units, (weights, out, shared_out, a_tiles, b_tiles, staging.index(1), barriers,
-                             news, work, TOP_K, H, I, S, GATE_UP, 1)),
+                             news, work, TOP_K, H, I, S, GATE_UP, 1, PDL)),
             (load_units, (operands, tiles, barriers, news, work, TOP_K, H, I, S, BLOCKS,
-                          SHARED_BLOCKS, GATE_UP, AT_ONCE)),
+                          SHARED_BLOCKS, GATE_UP, AT_ONCE, PDL)),
         ],
         [4, 4],
         [COMPUTING, LOADING],
@@ -145,15 +146,16 @@ def products_hopper(
         num_products += num_tokens
     products = x.new_empty(num_products, hidden_size)
     sizes = {"TOP_K": top_k, "H": hidden_size, "I": width, "S": shared_width}
+    options = {**sizes, **at_once, **LAUNCH, **overlap(x.device)}
     grid, number = (num_multiprocessors(x.device),), (tiles.bounds.shape[1], num_tokens)
     _grouped_hopper_kernel[grid](
         *(x, gate_up, x, shared[0], weights, hidden, shared_hidden, *tiles, *number),
-        **{**sizes, **at_once, **LAUNCH},
+        **options,
         GATE_UP=True,
     )
     _grouped_hopper_kernel[grid](
         *(entries, down, shared_entries, shared[1], weights, products, products, *tiles, *number),
-        **{**sizes, **at_once, **LAUNCH},
+        **options,
         GATE_UP=False,
     )
     return products

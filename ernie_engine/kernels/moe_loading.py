@@ -14,6 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from ernie_engine.kernels.hopper import wait_for_inputs
 from ernie_engine.kernels.moe_units import BLOCK_M, PLACES, num_columns, tell, unit_of
 
 ROWS = gl.constexpr(256)  # of weights in a unit: half of gate and half of up, or all of down
@@ -106,11 +107,13 @@ def load_units(
     SHARED_BLOCKS: gl.constexpr,
     GATE_UP: gl.constexpr,
     AT_ONCE: gl.constexpr,
+    PDL: gl.constexpr,
 ):
     """The loading warps. In the middle of a unit, when they would wait for a stage, they take the
     next one, tell it and look up where its tokens stand."""
     order, _, used, _, _ = work
     taken = used + (1 if GATE_UP else 2)
+    wait_for_inputs(PDL)
     unit = unit_of(work, gl.program_id(0), BLOCKS, SHARED_BLOCKS)
     tell(unit, news, 0)
     rows = _both_rows(operands[0], order, unit, TOP_K, H, GATE_UP)
