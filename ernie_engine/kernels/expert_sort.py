@@ -22,8 +22,8 @@ from ernie_engine.kernels.launch import DEFAULT, overlap, pick, wait_for_inputs
 # there may be, where each program counts them all; 0: they were counted by a launch before.
 SORT_TABLE = {
     (DEFAULT, 64): {"BLOCK": 64, "ROUND": 64, "AT_ONCE": 64, "num_warps": 4},
-    (DEFAULT, 512): {"BLOCK": 128, "ROUND": 128, "AT_ONCE": 512, "num_warps": 4},
-    (DEFAULT, 2048): {"BLOCK": 128, "ROUND": 128, "AT_ONCE": 2048, "num_warps": 4},
+    (DEFAULT, 512): {"BLOCK": 32, "ROUND": 32, "AT_ONCE": 512, "num_warps": 4},
+    (DEFAULT, 2048): {"BLOCK": 32, "ROUND": 32, "AT_ONCE": 2048, "num_warps": 4},
     (DEFAULT, 16384): {"BLOCK": 128, "ROUND": 128, "AT_ONCE": 0, "num_warps": 4},
     (DEFAULT, 65536): {"BLOCK": 256, "ROUND": 128, "AT_ONCE": 0, "num_warps": 4},
     (DEFAULT, 1 << 20): {"BLOCK": 512, "ROUND": 128, "AT_ONCE": 0, "num_warps": 4},

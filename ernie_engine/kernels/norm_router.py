@@ -22,7 +22,7 @@ from torch import Tensor
 from ernie_engine.kernels.gemv import dot_rows, load_rows, load_vector, normed_vector
 from ernie_engine.kernels.launch import DEFAULT, overlap, pick, wait_for_inputs
 from ernie_engine.kernels.parts import TORCH, TRITON, Parts
-from ernie_engine.kernels.router import CHOICE_ROWS, choose
+from ernie_engine.kernels.router import choose
 from ernie_engine.kernels.tickets import is_last, tickets
 
 # By hidden size. BLOCK_N: experts of a program.
@@ -41,6 +41,7 @@ FEW = {
     ("sm_90", 33): {"ROWS": 0},
 }
 FEW_CANDIDATES = [{"ROWS": rows} for rows in (0, 1, 2, 4)]
+CHOICE_ROWS = 4  # tokens that are chosen for together
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

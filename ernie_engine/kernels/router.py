@@ -52,7 +52,13 @@ CANDIDATES = [
         for inner, columns in ((64, 64), (128, 128), (64, 256), (128, 512), (64, 640), (128, 16384))
     ),
 ]
-CHOICE_ROWS = 4  # tokens of a program that chooses
+# By the number of tokens: those of a program that chooses.
+CHOICE_TABLE = {
+    (DEFAULT, 16384): {"ROWS": 4},
+    ("sm_90", 1024): {"ROWS": 1},
+    ("sm_90", 16384): {"ROWS": 4},
+}
+CHOICE_CANDIDATES = [{"ROWS": rows} for rows in (1, 2, 4, 8)]
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -219,13 +225,14 @@ def router_triton(
         _logits_by_rows_kernel[grid](*arguments, WIDTH=triton.next_power_of_2(hidden), **sizes)
     weights = torch.empty(num_tokens, top_k, dtype=x.dtype, device=device)
     ids = torch.empty(num_tokens, top_k, dtype=torch.int64, device=device)
-    _choose_kernel[(triton.cdiv(num_tokens, CHOICE_ROWS),)](
+    launch = pick(CHOICE_TABLE, device, num_tokens)
+    _choose_kernel[(triton.cdiv(num_tokens, launch["ROWS"]),)](
         *(logits, bias, weights, ids, num_tokens, num_experts, norm_min),
         TOP_K=top_k,
         EXPERTS=triton.next_power_of_2(num_experts),
         PARTS=parts,
-        ROWS=CHOICE_ROWS,
         num_warps=1,
+        **launch,
         **overlap(device),
         enable_fp_fusion=False,  # p + bias is rounded as the twin rounds it
     )

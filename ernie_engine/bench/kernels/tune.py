@@ -222,7 +222,10 @@ TUNABLE = {
         Tunable("decode_attention.TABLE", decode_attention.TABLE, decode_attention.CANDIDATES)
     ],
     "swiglu": [Tunable("swiglu.TABLE", swiglu.TABLE, swiglu.CANDIDATES)],
-    "router": [Tunable("router.TABLE", router.TABLE, router.CANDIDATES)],
+    "router": [
+        Tunable("router.TABLE", router.TABLE, router.CANDIDATES),
+        Tunable("router.CHOICE_TABLE", router.CHOICE_TABLE, router.CHOICE_CANDIDATES),
+    ],
     "moe_experts": [
         Tunable(
             "moe_few.GATE_UP_TABLE",
