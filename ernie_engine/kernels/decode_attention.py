@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ernie_engine.kernels.launch import DEFAULT, overlap, pick, wait_for_inputs
+from ernie_engine.kernels.launch import DEFAULT, ask_for_rows, overlap, pick, wait_for_inputs
 from ernie_engine.kernels.paged_attention import (
     LOG2_E,
     STEP_ARGUMENTS,
@@ -45,17 +45,20 @@ TABLE = {
     ("sm_90", 32): {"SPLITS": 4, "BLOCK_N": 128, "WIDE": 0, "num_warps": 4, "num_stages": 5},
     ("sm_90", 64): {"SPLITS": 2, "BLOCK_N": 128, "WIDE": 0, "num_warps": 4, "num_stages": 5},
     ("sm_90", 128): {"SPLITS": 1, "BLOCK_N": 128, "WIDE": 0, "num_warps": 4, "num_stages": 5},
-    ("sm_90", 1024): {"SPLITS": 1, "BLOCK_N": 64, "WIDE": 0, "num_warps": 4, "num_stages": 3},
+    ("sm_90", 256): {"SPLITS": 1, "BLOCK_N": 128, "WIDE": 0, "num_warps": 4, "num_stages": 2},
+    ("sm_90", 1024): {"SPLITS": 1, "BLOCK_N": 64, "WIDE": 0, "num_warps": 4, "num_stages": 2},
 }
 CANDIDATES = [
     {"SPLITS": splits, "BLOCK_N": n, "WIDE": wide, "num_warps": warps, "num_stages": stages}
     for splits in (1, 2, 4, 8, 16, 32, 64, 128, 256)
-    # Two stages a step: block ids, then keys.
+    # Two stages a step: block ids, then keys. The fewer, the more programs have room.
     for n, wide, warps, stages in (
         (32, 0, 2, 5),
         (64, 0, 2, 5),
+        (64, 0, 4, 2),
         (64, 0, 4, 3),
         (64, 0, 4, 5),
+        (128, 0, 4, 2),
         (128, 0, 4, 3),
         (128, 0, 4, 5),
         (128, 128, 4, 5),
@@ -72,7 +75,29 @@ WIDE_STAGES = tl.constexpr(3)  # of a wide tile: block ids, then keys and values
 WIDE_ROWS = 16  # rows of a product beside which shared memory has room for a wide tile
 MIN_SPLIT_KEYS = 64  # a range has no fewer: merging would cost more than it saves
 MERGED_NUMBERS = 8192  # numbers, of several splits, that a merging program asks for together
+# From so many on a launch is a row or two, which waits for its first keys: they are asked for while
+# the launch before still runs. 1% of a step of one row behind 32k; with more rows nothing.
+AHEAD_SPLITS = 32
 MAX_GATHERED_TOKENS = 1 << 18  # rows x longest context of one padded batch
+
+
+@triton.jit
+def key_places(
+    table,
+    first,
+    context,
+    kv_head,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
+    """Where the keys first, ... of a row begin in the cache [AHEAD]; the last one's instead of what
+    lies behind `context`."""
+    keys = tl.minimum(first + tl.arange(0, AHEAD), context - 1)
+    blocks = tl.load(table + keys // BLOCK_SIZE, cache_modifier=".cg")
+    slots = blocks.to(tl.int64) * BLOCK_SIZE + keys % BLOCK_SIZE
+    return (slots * KV_HEADS + kv_head) * HEAD_DIM
 
 
 @triton.jit
@@ -149,6 +174,7 @@ def _split_kernel(
     SPLITS: tl.constexpr,
     LEAST: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One row, K/V head and range of keys -> values [SPLITS, T, Hq, D], lse [SPLITS, T, Hq].
@@ -160,12 +186,17 @@ def _split_kernel(
     first_token = tl.load(query_start + row, cache_modifier=".cg")
     num_queries = tl.load(query_start + row + 1, cache_modifier=".cg") - first_token
     context = tl.load(context_lens + row, cache_modifier=".cg")
-    # No key is asked for before: a row may share blocks that the launch before is writing.
-    wait_for_inputs(PDL)
     is_wide = context <= SPLITS * WIDE
     tile = tl.where(is_wide, WIDE, BLOCK_N)
     per_split = tl.cdiv(tl.maximum(tl.cdiv(context, SPLITS), LEAST), tile) * tile
     first = split * per_split
+    table = block_tables + row * table_width
+    if AHEAD and (num_queries > 0) & (first < context):
+        where = key_places(table, first, context, kv_head, KV_HEADS, HEAD_DIM, BLOCK_SIZE, AHEAD)
+        ask_for_rows(k_cache + where, HEAD_DIM, PDL)
+        ask_for_rows(v_cache + where, HEAD_DIM, PDL)
+    # No key is loaded before: a row may share blocks that the launch before is writing.
+    wait_for_inputs(PDL)
     if (num_queries == 0) | (first >= context):
         return
     ROWS: tl.constexpr = triton.next_power_of_2(GROUP * QUERIES)
@@ -178,7 +209,6 @@ def _split_kernel(
     q_tile = tl.load(q + pair[:, None] * HEAD_DIM + dims[None, :], mask=real[:, None], other=0)
     positions = context - num_queries + m // GROUP
     end = tl.minimum(first + per_split, context)
-    table = block_tables + row * table_width
     acc = empty_sum(max(16, ROWS), HEAD_DIM, q.dtype.element_ty)
     total = tl.zeros([max(16, ROWS)], acc.dtype)
     top = tl.full([max(16, ROWS)], float("-inf"), tl.float32)
@@ -227,7 +257,8 @@ def decode_attention_triton(
 ) -> Tensor:
     """As the twin, all tensors contiguous (block_tables: its rows). D and block_size are powers
     of two, D at least 16. Tokens from query_start[R] on are padding and left unwritten.
-    query_start and context_lens are not what the launch before wrote: see wait_for_inputs()."""
+    block_tables, query_start and context_lens are not what the launch before wrote: see
+    wait_for_inputs()."""
     (num_tokens, num_heads, head_dim), num_rows = q.shape, len(context_lens)
     block_size, kv_heads = k_cache.shape[1:3]
     out = torch.empty_like(q)
@@ -261,6 +292,7 @@ def decode_attention_triton(
         QUERIES=max_query_len,
         STAGES=launch["num_stages"],
         LEAST=MIN_SPLIT_KEYS,
+        AHEAD=launch["BLOCK_N"] if launch["SPLITS"] >= AHEAD_SPLITS else 0,
         AT_ONCE=max(1, min(launch["SPLITS"], MERGED_NUMBERS // (rows * head_dim))),
         **{**launch, "WIDE": launch["WIDE"] if rows <= WIDE_ROWS else 0},
         **overlap(q.device),

@@ -10,7 +10,8 @@ on an NVIDIA H100 80GB HBM3 (driver 580.159.04, torch 2.11.0+cu130, triton 3.6.0
 attention by timing all its candidates there for 1 to 256 rows of 128 to 131072 tokens, those of
 prefill_hopper.py likewise for 8 to 8192 tokens behind up to 123k, of moe_hopper.py for 128 to 4096
 tokens, those of linear and norm_qkv_rope at 2560 columns, of the experts without sorting and of
-attention of one and two of 21B's rows in a graph of all its layers on an H200; for experts narrower
+attention of one and two of 21B's rows in a graph of all its layers on an H200; likewise on an H100
+those of attention of 33 to 256 rows, of the sort and of the router's choice; for experts narrower
 than 21B's and for 8192 columns by timing all candidates of the two launches in a graph on the H100.
 """
 
@@ -82,3 +83,19 @@ def wait_for_inputs(PDL: tl.constexpr):
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+
+
+@triton.jit
+def ask_for_rows(rows, WIDTH: tl.constexpr, PDL: tl.constexpr):
+    """Bring rows of WIDTH numbers (pointers [N]) into the L2 cache, before wait_for_inputs(PDL).
+    Not a load: what is still being written there is not missed."""
+    LINE: tl.constexpr = 1024 // rows.dtype.element_ty.primitive_bitwidth  # 128 bytes
+    LINES: tl.constexpr = (WIDTH + LINE - 1) // LINE
+    lines = rows[:, None] + (tl.arange(0, LINES) * LINE)[None, :]
+    if PDL:
+        tl.inline_asm_elementwise(
+            *("prefetch.global.L2 [$1]; // $0", "=r,l", [lines]),
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )

@@ -77,7 +77,8 @@ def compile_all(arch: int, which: str, ops: list[str]) -> Iterator[dict]:
                     compile_case(case)
         for kernel in compiled.values():
             facts = {"op": op, "arch": arch, "kernel": kernel.name}
-            yield {**facts, "shared": kernel.metadata.shared}
+            ahead = kernel.asm["ptx"].count("prefetch.global.L2")
+            yield {**facts, "shared": kernel.metadata.shared, "ahead": ahead}
     if len(ops) == len(with_kernels()):
         for name, table in tables.items():
             for row in table.of(f"sm_{arch}"):

@@ -3,11 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 
 from ernie_engine.kernels import decode_attention as decode
 from ernie_engine.kernels import paged_attention
 from ernie_engine.kernels import prefill_attention as prefill
 from ernie_engine.kernels import prefill_hopper as hopper
+from ernie_engine.kernels.decode_attention import key_places
 from ernie_engine.kernels.launch import DEFAULT
 from tests.kernels.tile_check import assert_as_near_as_twin, half_and_single, where_kernels_run
 
@@ -241,6 +244,23 @@ def test_decode_splits(monkeypatch, dtype, splits, block_n, wide):
     for table in ("TABLE", "TABLE_FP32"):
         monkeypatch.setattr(decode, table, {(DEFAULT, 1): row})
     check("decode", make(LONG_DECODES, (5, 1), 16, dtype))
+
+
+@triton.jit
+def _places_kernel(out, table, first, context, AHEAD: tl.constexpr):
+    places = key_places(table, first, context, 1, 3, 16, 4, AHEAD)  # head 1 of 3 of 16, blocks of 4
+    tl.store(out + tl.arange(0, AHEAD), places)
+
+
+def test_keys_are_asked_for_where_they_are():
+    device, ahead = where_kernels_run(), 8
+    table = torch.tensor([7, 3, 9, -1], dtype=torch.int32, device=device)
+    cache = torch.arange(10 * 4 * 3 * 16).view(10, 4, 3, 16)
+    for first, context in ((0, 1), (0, 12), (4, 10), (8, 9)):
+        out = torch.empty(ahead, dtype=torch.int64, device=device)
+        _places_kernel[(1,)](out, table, first, context, AHEAD=ahead)
+        keys = [min(first + i, context - 1) for i in range(ahead)]
+        assert out.tolist() == [int(cache[table[k // 4], k % 4, 1, 0]) for k in keys]
 
 
 @half_and_single

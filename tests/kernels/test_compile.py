@@ -31,6 +31,9 @@ def test_every_kernel_compiles_and_fits_and_every_row_of_a_table_is_tried(layout
     assert found >= {(op, arch) for op in with_kernels for arch in SHARED_BYTES}
     too_large = [k for k in kernels if k["shared"] > SHARED_BYTES[k["arch"]]]
     assert not too_large
+    ahead = {k["ahead"] > 0 for k in kernels if (k["op"], k["arch"]) == ("decode_attention", 90)}
+    assert ahead == {True, False}  # keys are asked for ahead where rows are few
+    assert not any(k["ahead"] for k in kernels if k["arch"] < 90)
     rows = [fact for fact in facts if "table" in fact]
     asked, known = (
         {(fact["table"], *fact["row"]) for fact in facts}
