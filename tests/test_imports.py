@@ -22,7 +22,8 @@ MAY_SEE = {
     "engine": {"config", "mind", "model", "parallel", "text"},
     "evals": {"engine", "text"},
     "cli": {"config"},
-    "bench": {"config", "engine", "kernels", "mind", "text"},  # measures kernels, too
+    # Measures kernels and a model's steps, too.
+    "bench": {"config", "engine", "kernels", "mind", "model", "text"},
     "server": {"cli", "config", "engine", "framing", "mind", "text"},
     "testing": {"config", "text"},
     "scripts": {

@@ -10,7 +10,8 @@ on an NVIDIA H100 80GB HBM3 (driver 580.159.04, torch 2.11.0+cu130, triton 3.6.0
 attention by timing all its candidates there for 1 to 256 rows of 128 to 131072 tokens, those of
 prefill_hopper.py likewise for 8 to 8192 tokens behind up to 123k, of moe_hopper.py for 128 to 4096
 tokens, those of linear and norm_qkv_rope at 2560 columns, of the experts without sorting and of
-attention of one and two of 21B's rows in a graph of all its layers on an H200; likewise on an H100
+attention of one and two of 21B's rows in a graph of all its layers on an H200 (as
+scripts/bench_replays.py has it); likewise on an H100
 those of attention of 33 to 256 rows, of the sort and of the router's choice; for experts narrower
 than 21B's and for 8192 columns by timing all candidates of the two launches in a graph on the H100.
 """
