@@ -21,17 +21,19 @@ settings.register_profile("quick", max_examples=200, deadline=None)
 settings.register_profile("thorough", max_examples=4000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
-# On a machine with a GPU workers of pytest-xdist share the processors: each engine that starts has
-# as many processes compile as it sees processors.
-if torch.cuda.is_available() and "PYTEST_XDIST_WORKER" in os.environ:
-    number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
-    count = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    seen = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, seen[number::count] or seen)
-
 # A machine that is there for its GPU may have torch, triton and transformers only.
 LACKING = [name for name in ("fastapi", "openai", "pydantic") if find_spec(name) is None]
 collect_ignore = ["server"] if LACKING else []
+
+
+def pytest_configure() -> None:
+    """On a machine with a GPU workers of pytest-xdist share the processors: each engine that starts
+    has as many processes compile as it sees processors."""
+    if torch.cuda.is_available() and "PYTEST_XDIST_WORKER" in os.environ:
+        number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+        seen = sorted(os.sched_getaffinity(0))
+        mine = seen[number :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
+        os.sched_setaffinity(0, mine or seen)
 
 
 def pytest_report_header() -> list[str]:

@@ -22,7 +22,7 @@ MAY_SEE = {
     "engine": {"config", "mind", "model", "parallel", "text"},
     "evals": {"engine", "text"},
     "cli": {"config"},
-    # Measures kernels and a model's steps, too.
+    # It measures kernels and a model's steps, too.
     "bench": {"config", "engine", "kernels", "mind", "model", "text"},
     "server": {"cli", "config", "engine", "framing", "mind", "text"},
     "testing": {"config", "text"},

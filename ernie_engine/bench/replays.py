@@ -1,8 +1,9 @@
 """What a decode step's graph takes, with the launch tables as they are and with other rows in them.
 
-Replays of a graph of the whole model: without the host and the sampler, but each launch beside its
-neighbours, whose ends it may overlap and whose traffic it shares; timed alone it has neither. Owns
-made-up batches, changed rows and the clock. Never changes a file.
+Replays of a graph of the whole model: without the host and the sampler, and above MOST_LOGITS rows
+without the vocabulary head; but each launch beside its neighbours, whose ends it may overlap and
+whose traffic it shares. Owns made-up batches, changed launch rows and the clock. Never changes a
+file.
 """
 
 import importlib
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.errors import TritonError
 
 from ernie_engine.engine.core import describe
 from ernie_engine.engine.plan import NewSlot, SamplingSpec, StepPlan
@@ -34,7 +36,6 @@ ROOM = 1 + WARM_UP + REPLAYS * RUNS  # each replay is a token more
 BATCH = re.compile(r"(\d+)x(\d+)(?:-(\d+))?")
 CHANGE = re.compile(r"(\w+)\.(\w+):(\d+):(\w+=-?\d+(?:,\w+=-?\d+)*)")
 SPEC = SamplingSpec()
-Row = dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def parse_batch(text: str) -> Batch:
     if (found := BATCH.fullmatch(text)) is None or int(found[1]) < 1:
         raise ValueError(f"batch {text!r}: ROWSxCONTEXT or ROWSxFIRST-LAST, such as 256x128-384")
     num_rows, first, last = int(found[1]), int(found[2]), int(found[3] or found[2])
-    contexts = [first + (last - first) * i // num_rows for i in range(num_rows)]
+    contexts = [first + (last - first) * i // max(1, num_rows - 1) for i in range(num_rows)]
     random.Random(0).shuffle(contexts)
     return Batch(text, contexts)
 
@@ -59,7 +60,7 @@ class Change:
 
     table: dict[tuple[str, int], Mapping[str, int]]
     bucket: int
-    numbers: Row
+    numbers: Mapping[str, int]
 
     @contextmanager
     def made(self, device: torch.device) -> Iterator[None]:
@@ -83,14 +84,23 @@ def parse_change(text: str) -> Change:
     except (ImportError, AttributeError) as error:
         where = f"ernie_engine/kernels/{found[1]}.py"
         raise ValueError(f"change {text!r}: no {found[2]} in {where}") from error
+    if not _is_table(table):
+        raise ValueError(f"change {text!r}: {found[2]} is no launch table")
     pairs = (pair.split("=") for pair in found[4].split(","))
     numbers = {name: int(number) for name, number in pairs}
-    names = {name for row in table.values() for name in row} if isinstance(table, dict) else set()
+    names = {name for row in table.values() for name in row}
     if unknown := numbers.keys() - names:
         raise ValueError(
             f"change {text!r}: its rows have no {sorted(unknown)}, but {sorted(names)}"
         )
     return Change(table, int(found[3]), numbers)
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(key, tuple) and isinstance(key[1], int) and isinstance(row, dict)
+        for key, row in value.items()
+    )
 
 
 def open_runner(config: EngineConfig) -> ModelRunner:
@@ -104,20 +114,19 @@ def open_runner(config: EngineConfig) -> ModelRunner:
 
 
 class Replays:
-    """Times batches on one rank's model. All rows have blocks of their own, with K and V that are
-    not equal, and tokens of their own, so that they choose experts of their own."""
+    """Times batches on one rank's model. All requests have blocks of their own, up to their last
+    replay, with K and V that differ, and tokens that differ, so that they choose other experts."""
 
     def __init__(self, runner: ModelRunner, recorder: Recorder | None = None):
         self._runner, self._recorder = runner, recorder or CudaRecorder()
-        generator = torch.Generator(runner.state.device).manual_seed(0)
-        for index in range(runner.kv.geometry.num_layers):
-            for cache in runner.kv.layer(index):
-                cache.normal_(generator=generator)
+        self.device = runner.state.device
 
     @torch.inference_mode()
     def measure(self, batch: Batch) -> tuple[float, Tensor]:
-        """Seconds of a step, and the hidden stream of the first [R, H]."""
+        """Seconds of a step, and the hidden stream of the first [R, H]. TritonError if a launch
+        does not fit."""
         plan, forward = self._plan(batch), self._runner.forward
+        self._fill_cache()
         num_rows, most_blocks = len(batch.contexts), max(plan.num_new_blocks)
         graph = StepGraph(StepShape(num_rows, num_rows, num_rows, 1, most_blocks), forward, None)
         step = plan.slots, plan.num_tokens, None
@@ -141,8 +150,15 @@ class Replays:
         return (time.perf_counter() - began) / count
 
     def _synchronize(self) -> None:
-        if self._runner.state.device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+    def _fill_cache(self) -> None:
+        """With the same numbers each time: the replays before have written some."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        for index in range(self._runner.kv.geometry.num_layers):
+            for cache in self._runner.kv.layer(index):
+                cache.normal_(generator=generator)
 
     def _plan(self, batch: Batch) -> StepPlan:
         state, num_blocks = self._runner.state, self._runner.kv.num_blocks
@@ -159,8 +175,7 @@ class Replays:
 
     def _request(self, slot: int, context: int) -> NewSlot:
         length, vocab_size = context + ROOM, self._runner.model.vocab_size
-        first = 7919 * slot % max(1, vocab_size - length)
-        return NewSlot(slot, [(first + i) % vocab_size for i in range(length)], SPEC)
+        return NewSlot(slot, [(7919 * slot + i) % vocab_size for i in range(length)], SPEC)
 
 
 def measure_all(
@@ -168,20 +183,22 @@ def measure_all(
     batches: Sequence[Batch],
     variants: Mapping[str, Sequence[Change]],
     turns: int,
-    device: torch.device,
 ) -> Iterator[dict[str, Any]]:
-    """All variants in turns, a row each time: microseconds by batch, and of which of them all bits
-    are those of the first row's."""
+    """All variants in turns, with a report each time: microseconds by batch, and of which of them
+    all bits are those of the first report's; or what was wrong with the variant."""
     expected: dict[str, Tensor] = {}
     for turn in range(turns):
         for name, changes in variants.items():
-            row: dict[str, Any] = {"variant": name, "turn": turn, "us": {}, "equal": {}}
+            report: dict[str, Any] = {"variant": name, "turn": turn, "us": {}, "equal": {}}
             with ExitStack() as stack:
                 for change in changes:
-                    stack.enter_context(change.made(device))
-                for batch in batches:
-                    seconds, hidden = replays.measure(batch)
-                    known = expected.setdefault(batch.name, hidden)
-                    row["us"][batch.name] = seconds * 1e6
-                    row["equal"][batch.name] = torch.equal(hidden, known)
-            yield row
+                    stack.enter_context(change.made(replays.device))
+                try:
+                    for batch in batches:
+                        seconds, hidden = replays.measure(batch)
+                        known = expected.setdefault(batch.name, hidden)
+                        report["us"][batch.name] = seconds * 1e6
+                        report["equal"][batch.name] = torch.equal(hidden, known)
+                except TritonError as error:
+                    report["problem"] = str(error)
+            yield report

@@ -75,8 +75,9 @@ WIDE_STAGES = tl.constexpr(3)  # of a wide tile: block ids, then keys and values
 WIDE_ROWS = 16  # rows of a product beside which shared memory has room for a wide tile
 MIN_SPLIT_KEYS = 64  # a range has no fewer: merging would cost more than it saves
 MERGED_NUMBERS = 8192  # numbers, of several splits, that a merging program asks for together
-# From so many on a launch is a row or two, which waits for its first keys: they are asked for while
-# the launch before still runs. 1% of a step of one row behind 32k; with more rows nothing.
+# From so many on a launch has up to four programs before contexts are split, and waits for its
+# first keys: they are asked for while the launch before still runs. 1.3% of a step of one row of
+# 21B behind 32k; with more rows, nothing.
 AHEAD_SPLITS = 32
 MAX_GATHERED_TOKENS = 1 << 18  # rows x longest context of one padded batch
 

@@ -1,8 +1,9 @@
 """What the Gluon kernels for Hopper share.
 
-Owns names that differ between versions of Triton, and tensors as the copy engine takes them. What
-those kernels rely on: before the one thread that arrives at an mbarrier for a group of warps Triton
-(3.6, 3.7) puts a barrier of the group, so all of the group have come that far.
+Owns names that differ between versions of Triton, tensors as the copy engine takes them, and the
+wait for the launch before, which each group of warps does for itself. What those kernels rely on:
+before the one thread that arrives at an mbarrier for a group of warps Triton (3.6, 3.7) puts a
+barrier of the group, so all of the group have come that far.
 """
 
 from torch import Tensor

@@ -6,14 +6,13 @@ and there is always a default one for cards that nobody has measured. Rows of sm
 
     python scripts/bench_kernels.py --tune --shapes "0.3B" "21B tp1" "300B tp8"
 
-on an NVIDIA H100 80GB HBM3 (driver 580.159.04, torch 2.11.0+cu130, triton 3.6.0); those of decode
-attention by timing all its candidates there for 1 to 256 rows of 128 to 131072 tokens, those of
-prefill_hopper.py likewise for 8 to 8192 tokens behind up to 123k, of moe_hopper.py for 128 to 4096
-tokens, those of linear and norm_qkv_rope at 2560 columns, of the experts without sorting and of
-attention of one and two of 21B's rows in a graph of all its layers on an H200 (as
-scripts/bench_replays.py has it); likewise on an H100
-those of attention of 33 to 256 rows, of the sort and of the router's choice; for experts narrower
-than 21B's and for 8192 columns by timing all candidates of the two launches in a graph on the H100.
+on an NVIDIA H100 80GB HBM3 (driver 580.159.04, torch 2.11.0+cu130, triton 3.6.0), but for these. By
+timing all candidates there: decode attention for 1 to 256 rows of 128 to 131072 tokens,
+prefill_hopper.py for 8 to 8192 tokens behind up to 123k, moe_hopper.py for 128 to 4096 tokens, the
+two launches of experts narrower than 21B's and of 8192 columns. In a graph of 21B's whole step (as
+scripts/bench_replays.py does): linear and norm_qkv_rope at 2560 columns, the experts without
+sorting and attention of one and two rows on an H200, attention of 33 to 256 rows, the router's
+choice and the default rows of the sort on an H100.
 """
 
 from collections.abc import Mapping
@@ -95,7 +94,9 @@ def ask_for_rows(rows, WIDTH: tl.constexpr, PDL: tl.constexpr):
     lines = rows[:, None] + (tl.arange(0, LINES) * LINE)[None, :]
     if PDL:
         tl.inline_asm_elementwise(
-            *("prefetch.global.L2 [$1]; // $0", "=r,l", [lines]),
+            "prefetch.global.L2 [$1]; // $0",
+            "=r,l",
+            [lines],
             dtype=tl.int32,
             is_pure=False,
             pack=1,

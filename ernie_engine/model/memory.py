@@ -76,8 +76,12 @@ def measure_free_memory(
     if (maker := maker_with(kv)) is not None:
         model = runner.model
         logits_bytes = 4 * model.vocab_size if model.is_last else 0
-        hidden_bytes, has_collectives = runner.pipe.bytes_per_token, config.tensor_parallel_size > 1
-        for_graphs = bytes_of_graphs(maker, hidden_bytes, logits_bytes, has_collectives)
+        for_graphs = bytes_of_graphs(
+            maker,
+            hidden_bytes=runner.pipe.bytes_per_token,
+            logits_bytes=logits_bytes,
+            has_collectives=runner.mesh.tp_size > 1,
+        )
     del runner, maker, kv
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)

@@ -77,8 +77,10 @@ def compile_all(arch: int, which: str, ops: list[str]) -> Iterator[dict]:
                     compile_case(case)
         for kernel in compiled.values():
             facts = {"op": op, "arch": arch, "kernel": kernel.name}
-            ahead = kernel.asm["ptx"].count("prefetch.global.L2")
-            yield {**facts, "shared": kernel.metadata.shared, "ahead": ahead}
+            ptx, overlaps = kernel.asm["ptx"], kernel.metadata.launch_pdl
+            ahead, waits = (ptx.count(word) for word in ("prefetch.global.L2", "depcontrol.wait"))
+            facts |= {"overlaps": overlaps, "ahead": ahead, "waits": waits}
+            yield {**facts, "shared": kernel.metadata.shared}
     if len(ops) == len(with_kernels()):
         for name, table in tables.items():
             for row in table.of(f"sm_{arch}"):

@@ -232,6 +232,7 @@ def check(name, case, kernel=None):
 
 # Contexts on both sides of the borders of key tiles; queries that see nothing of the last split.
 LONG_DECODES = [(1, 1), (1, 31), (1, 32), (1, 33), (1, 64), (1, 65), (8, 67), (3, 129), (1, 400)]
+LONG_DECODES += [(0, 0), (0, 5), (1, 7)]
 
 
 @half_and_single

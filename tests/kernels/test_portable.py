@@ -1,6 +1,6 @@
 """Kernels are Triton alone: what only one maker's cards understand stands behind `if PDL`, which is
-off under the interpreter and on cards without it. No result may depend on inline assembly there:
-the kernel without it is its twin."""
+off under the interpreter and on cards without it. It may say when something is done and what to
+bring closer, never what comes out: the kernel without it is its twin."""
 
 import ast
 import re
