@@ -45,7 +45,7 @@ class Batch:
 
 
 def parse_batch(text: str) -> Batch:
-    """ "4x130": four rows behind 130 tokens; "256x128-384": spread evenly, in no order."""
+    """Of "4x130" four rows behind 130 tokens; of "256x128-384" spread evenly, in no order."""
     if (found := BATCH.fullmatch(text)) is None or int(found[1]) < 1:
         raise ValueError(f"batch {text!r}: ROWSxCONTEXT or ROWSxFIRST-LAST, such as 256x128-384")
     num_rows, first, last = int(found[1]), int(found[2]), int(found[3] or found[2])
@@ -76,7 +76,7 @@ class Change:
 
 
 def parse_change(text: str) -> Change:
-    """ "decode_attention.TABLE:1024:num_stages=3,BLOCK_N=64": of that bucket, or of a new one."""
+    """Of "decode_attention.TABLE:1024:num_stages=3,BLOCK_N=64": that bucket's row, or a new one."""
     if (found := CHANGE.fullmatch(text)) is None:
         raise ValueError(f"change {text!r}: FILE.TABLE:BUCKET:NAME=NUMBER[,NAME=NUMBER]")
     try:

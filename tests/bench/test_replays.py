@@ -94,23 +94,26 @@ def test_rows_that_need_too_many_blocks_are_refused(runner):
 def test_a_step_is_timed_from_its_context_on(runner, monkeypatch):
     recorder = Rerun()
     timed, batch = Replays(runner, recorder), parse_batch("3x20-50")
-    first, replay = [], StepGraph.replay
+    first, streams, replay = [], [], StepGraph.replay
 
     def noted(graph, slots, *more):
         first.append(runner.state.num_computed[list(slots)].tolist())
-        return replay(graph, slots, *more)
+        output = replay(graph, slots, *more)
+        streams.append(output.hidden.clone())
+        return output
 
     monkeypatch.setattr(StepGraph, "replay", noted)
     seconds, hidden = timed.measure(batch)
     assert seconds > 0 and recorder.num_replays == len(first) == replays.ROOM
     assert first[0] == list(batch.contexts)  # and the last is the last that has room
     assert first[-1] == [context + replays.ROOM - 1 for context in batch.contexts]
+    assert torch.equal(hidden, streams[0]) and not torch.equal(hidden, streams[-1])
     assert not runner.state.specs and not runner.state.num_blocks  # all slots are free
     assert len({tuple(row.tolist()) for row in hidden}) == 3
 
 
 def test_what_nothing_was_changed_in_is_equal(runner):
-    batches = [parse_batch("1x50"), parse_batch("3x20-80")]
+    batches = [parse_batch("1x50"), parse_batch("3x2-8")]  # these write where that one reads
     reports = measure_all(Replays(runner, Rerun()), batches, {"a": [], "b": []}, 2)
     assert [set(report["equal"].values()) for report in reports] == [{True}] * 4
 

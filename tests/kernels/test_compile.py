@@ -32,9 +32,8 @@ def test_every_kernel_compiles_and_fits_and_every_row_of_a_table_is_tried(layout
     too_large = [k for k in kernels if k["shared"] > SHARED_BYTES[k["arch"]]]
     assert not too_large
     # A launch that may begin early waits, in Gluon each group of warps for itself.
-    least = {True: 1, False: 0}
     hopper = [k for k in kernels if k["kernel"] == "_grouped_hopper_kernel"]
-    assert all(k["waits"] >= least[k["overlaps"]] for k in kernels)
+    assert all(k["waits"] for k in kernels if k["overlaps"])
     assert hopper and all(k["overlaps"] and k["waits"] == 3 for k in hopper)
     ahead = {k["ahead"] > 0 for k in kernels if (k["op"], k["arch"]) == ("decode_attention", 90)}
     assert ahead == {True, False}  # keys are asked for ahead where rows are few

@@ -1,6 +1,10 @@
 import pytest
 import torch
 
+from ernie_engine.kernels import router as router_file
+from ernie_engine.kernels.launch import DEFAULT
+from tests.kernels.tile_check import where_kernels_run
+
 NORM_MIN = 1e-12
 # p + bias near 24 is rounded to about 2e-6; two experts nearer than this may change places.
 NEAR_TIE = 4e-6
@@ -46,6 +50,15 @@ def test_router(router, device, dtype, assert_near, num_tokens, num_experts, top
 
 def choices(scores, top_k):
     return scores.topk(top_k).indices.sort().values
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_a_choice_does_not_depend_on_what_is_chosen_beside(monkeypatch, rows):
+    case = *make(19, 64, 37, where_kernels_run(), torch.float32), 6, NORM_MIN
+    expected = router_file.router_triton(*case)
+    monkeypatch.setattr(router_file, "CHOICE_TABLE", {(DEFAULT, 1): {"ROWS": rows}})
+    for found, known in zip(router_file.router_triton(*case), expected, strict=True):
+        assert torch.equal(found, known)
 
 
 def test_bias_selects_in_full_precision(router, device):
