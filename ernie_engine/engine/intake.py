@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ernie_engine.engine.assembler import ChoiceAssembler
 from ernie_engine.engine.plan import NO_LOGPROBS, SamplingSpec, derived_seed
 from ernie_engine.engine.request import (
@@ -102,7 +104,7 @@ class Intake:
     def _job(
         self, prompt: list[int], text: str | None, params: SamplingParams, default_max: int
     ) -> Job:
-        self._check(prompt, params)
+        ids = self._checked(prompt, params)
         max_tokens = _first(params.max_tokens, self.defaults.max_new_tokens, default_max)
         if params.min_tokens > max_tokens:
             raise ValueError(f"min_tokens={params.min_tokens} is above max_tokens={max_tokens}")
@@ -110,7 +112,7 @@ class Intake:
         eos_ids = frozenset() if params.ignore_eos else self.eos_ids
         stop_ids = frozenset(params.stop_token_ids)
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        requests, assemblers, ids = [], [], array("q", prompt)
+        requests, assemblers = [], []
         for choice in range(params.n):
             spec = self._spec(params, derived_seed(seed, choice), eos_ids | stop_ids, choice)
             requests.append(Request(next(self.ids), ids, spec, total, eos_ids, stop_ids))
@@ -162,12 +164,13 @@ class Intake:
             wants_prompt_logprobs=params.prompt_logprobs is not None and choice == 0,
         )
 
-    def _check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+    def _checked(self, prompt: Sequence[int], params: SamplingParams) -> "array[int]":
+        """The prompt in one piece, if it can be answered as `params` say."""
         if not prompt:
             raise ValueError("prompt must be provided and non-empty")
-        self._check_ids("prompt", prompt)
+        prompt_ids = self._token_ids("prompt", prompt)
         for field, ids in params.token_ids().items():
-            self._check_ids(field, ids)
+            self._token_ids(field, ids)
         if len(prompt) >= self.max_model_len:
             raise PromptTooLongError(
                 f"prompt has {len(prompt)} tokens; with max_model_len={self.max_model_len} "
@@ -182,10 +185,13 @@ class Intake:
                 "stop strings need a tokenizer, and the checkpoint folder has none: "
                 "use stop_token_ids"
             )
+        return prompt_ids
 
-    def _check_ids(self, field: str, ids: Sequence[int]) -> None:
-        if set(map(type, ids)) <= {int} and ids and min(ids) >= 0 and max(ids) < self.vocab_size:
-            return  # quicker than one by one, which tells what is wrong
+    def _token_ids(self, field: str, ids: Sequence[int]) -> "array[int]":
+        """All at once, as a long prompt asks for; one by one only to tell what is wrong."""
+        packed = _packed(ids)
+        if packed is not None and _are_within(packed, self.vocab_size):
+            return packed
         for token in ids:
             if isinstance(token, bool) or not isinstance(token, int):
                 raise ValueError(f"{field} must hold token ids (integers), not {token!r}")
@@ -193,6 +199,20 @@ class Intake:
                 raise ValueError(
                     f"{field}: token id {token} is out of vocabulary (0 .. {self.vocab_size - 1})"
                 )
+        return array("q", ids)  # a kind of integers of the caller's own
+
+
+def _packed(ids: Sequence[int]) -> "array[int] | None":
+    """Plain integers of 64 bits as what they are kept in; None if one of them is not that."""
+    try:
+        return array("q", ids) if set(map(type, ids)) <= {int} else None
+    except OverflowError:
+        return None
+
+
+def _are_within(ids: "array[int]", vocab_size: int) -> bool:
+    values = np.asarray(ids)
+    return not len(values) or bool(values.min() >= 0 and values.max() < vocab_size)
 
 
 def _first(*values):

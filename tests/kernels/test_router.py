@@ -53,12 +53,14 @@ def choices(scores, top_k):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8])
-def test_a_choice_does_not_depend_on_what_is_chosen_beside(monkeypatch, rows):
+def test_a_choice_is_the_same_whatever_is_chosen_beside(monkeypatch, rows):
+    """But for the last bits of its weights: a GPU's threads share a sum out by the rows."""
     case = *make(19, 64, 37, where_kernels_run(), torch.float32), 6, NORM_MIN
-    expected = router_file.router_triton(*case)
+    weights, ids = router_file.router_triton(*case)
     monkeypatch.setattr(router_file, "CHOICE_TABLE", {(DEFAULT, 1): {"ROWS": rows}})
-    for found, known in zip(router_file.router_triton(*case), expected, strict=True):
-        assert torch.equal(found, known)
+    other_weights, other_ids = router_file.router_triton(*case)
+    assert torch.equal(other_ids, ids)
+    torch.testing.assert_close(other_weights, weights, rtol=1e-5, atol=0)
 
 
 def test_bias_selects_in_full_precision(router, device):
