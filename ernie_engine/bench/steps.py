@@ -1,10 +1,10 @@
 """Milliseconds a decode step and prompt tokens a second, beside what the hardware allows.
 
-Decode: (time of n new tokens - time of 1) / (n - 1), all prompts submitted at once; the time of 1
-is the mean of a run before and one after, or what prompts of seconds take longer each time (a card
-at its power limit) would count as steps. Prefill: the time to one new token. Owns these definitions
-and the table of cases; runs them through Engine.generate(), so that the figures are what a user
-gets.
+Decode: (time of n new tokens - time of 1) / (n - 1), all prompts submitted at once. The time of 1
+is the mean of a run before and one after, and each of them begins on a card that has rested: a card
+at its power limit reads a long prompt more slowly right after another, which would count as steps.
+Prefill: the time to one new token. Owns these definitions and the table of cases; runs them through
+Engine.generate(), so that the figures are what a user gets.
 """
 
 import statistics
@@ -31,6 +31,7 @@ from ernie_engine.engine.request import SamplingParams
 
 REPETITIONS = 3
 WARM_UP_TOKENS = 9
+REST_S = 1.0
 MAX_MODEL_LEN = 33000  # what all cases but 1x131071 need
 TRACED_STEPS = 20
 GIB = 1 << 30
@@ -122,9 +123,11 @@ class StepBench:
         seed: int = 0,
         budget_s: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        rest: Callable[[float], None] = time.sleep,
         tracer: Tracer | None = None,
     ):
-        self.engine, self.clock, self.seed, self.tracer = engine, clock, seed, tracer
+        self.engine, self.clock, self.rest = engine, clock, rest
+        self.seed, self.tracer = seed, tracer
         self.params = SamplingParams(**(SAMPLED if sampled else GREEDY), ignore_eos=True)
         self._deadline = float("inf") if budget_s is None else clock() + budget_s
         self._ids = model_ids(engine.model_config, engine.tokenizer)
@@ -206,18 +209,23 @@ class StepBench:
         if case.is_prefill:
             while True:
                 yield self._seconds(draw(), 1, case.cached_len)
-        before = self._seconds(draw(), 1)
+        before = self._rested(draw(), 1)
         while True:
-            whole, after = self._seconds(draw(), case.num_tokens), self._seconds(draw(), 1)
+            whole, after = self._rested(draw(), case.num_tokens), self._rested(draw(), 1)
             yield (whole - (before + after) / 2) / (case.num_tokens - 1)
             before = after
+
+    def _rested(self, prompts: list[list[int]], num_tokens: int) -> float:
+        self.rest(REST_S)
+        return self._seconds(prompts, num_tokens)
 
     def _expected_seconds(self, case: Case, prompts: list[list[int]]) -> float:
         """The warm-up, and how long it lets expect the first repetition to be."""
         num_tokens = min(WARM_UP_TOKENS, case.num_tokens)
         first = self._seconds(prompts, 1)
         more = max(0.0, self._seconds(prompts, num_tokens) - first)
-        return 3 * first + more * (case.num_tokens - 1) / (num_tokens - 1)
+        whole = more * (case.num_tokens - 1) / (num_tokens - 1)
+        return 3 * (REST_S + first) + whole
 
     def _seconds(self, prompts: list[list[int]], num_tokens: int, cached_len: int = 0) -> float:
         """Until all are answered; of each prompt `cached_len` tokens must have been cached."""

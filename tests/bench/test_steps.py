@@ -20,15 +20,17 @@ H200 = Ceilings(4.47e12, 804e12)
 
 @dataclass
 class MadeUpEngine:
-    """A prompt token takes 1 ms, and by `slower` more with each call, a step `step_s`; every call
-    is kept."""
+    """A prompt token takes 1 ms, by `slower` more with each call, by half more if it gets
+    `hot` and read others less than half a second ago; a step takes `step_s`. Keeps all calls."""
 
     step_s: float = 0.010
     slower: float = 0.0
+    hot: bool = False
     max_model_len: int = 33000
     num_kv_blocks: int = 10**6
     max_num_seqs: int = 256
     now: float = 0.0
+    read_at: float = -1.0
     calls: list = field(default_factory=list)
     tokenizer: None = None
     enable_prefix_caching: bool = False
@@ -52,10 +54,16 @@ class MadeUpEngine:
         self.calls.append((prompts, params))
         count = params[0].max_tokens
         hits = [self.find(tuple(prompt)) for prompt in prompts]
-        prompt_s = 0.001 * (1 + self.slower * len(self.calls))
-        self.now += prompt_s * (sum(map(len, prompts)) - sum(hits)) + (count - 1) * self.step_s
+        heat = 0.5 * (self.hot and self.now < self.read_at + 0.5)
+        prompt_s = 0.001 * (1 + heat + self.slower * len(self.calls))
+        self.now += prompt_s * (sum(map(len, prompts)) - sum(hits))
+        self.read_at = self.now
+        self.now += (count - 1) * self.step_s
         answer = [SimpleNamespace(token_ids=[0] * count)]
         return [SimpleNamespace(outputs=answer, num_cached_tokens=hit) for hit in hits]
+
+    def rest(self, seconds):
+        self.now += seconds
 
     def find(self, prompt):
         """How many of its first tokens are cached; all of them from now on."""
@@ -67,7 +75,7 @@ class MadeUpEngine:
 
 
 def measure(engine: MadeUpEngine, case: Case, **options):
-    bench = StepBench(engine, clock=lambda: engine.now, **options)  # pyright: ignore[reportArgumentType]
+    bench = StepBench(engine, clock=lambda: engine.now, rest=engine.rest, **options)  # pyright: ignore[reportArgumentType]
     (result,) = bench.run([case])
     return result
 
@@ -111,6 +119,11 @@ def test_a_decode_step_is_the_difference_of_two_times():
 
 def test_prompts_that_take_longer_each_time_do_not_show():
     result = measure(MadeUpEngine(step_s=0.010, slower=0.01), case("b=1@32k"))
+    assert result.times == pytest.approx([0.010] * 3)
+
+
+def test_prompts_that_take_longer_after_another_do_not_show():
+    result = measure(MadeUpEngine(step_s=0.010, hot=True), case("b=1@32k"))
     assert result.times == pytest.approx([0.010] * 3)
 
 
@@ -195,7 +208,7 @@ def test_a_budget_leaves_out_repetitions_and_says_so():
 def test_a_budget_leaves_out_what_would_not_fit_at_all():
     engine = MadeUpEngine(step_s=1.0)
     result = measure(engine, case("b=1"), budget_s=200)
-    assert not result.times and "about 255 s a repetition" in result.note
+    assert not result.times and "about 258 s a repetition" in result.note
     assert engine.now < 10  # the warm-up alone
     spent = MadeUpEngine()
     assert "spent" in measure(spent, case("1x128"), budget_s=0).note and not spent.calls
@@ -284,7 +297,8 @@ def test_another_number_of_tokens_is_noted():
 def test_the_tiny_engine(tiny):
     cases = choose_cases("b=1,b=8,b=32,1x128", 5)
     with open_engine(tiny, enable_prefix_caching=False) as engine:
-        rows = [step_row(result, H200) for result in StepBench(engine).run(cases)]
+        bench = StepBench(engine, rest=lambda _: None)
+        rows = [step_row(result, H200) for result in bench.run(cases)]
     measured, skipped = rows[:2] + rows[3:], rows[2]
     assert "max_num_seqs=8" in str(skipped["note"])
     for row in measured:
