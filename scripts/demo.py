@@ -7,7 +7,6 @@ import argparse
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ def _wait_until_ready(server: subprocess.Popen[bytes], port: int) -> None:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5):
                 return
-        except (urllib.error.URLError, ConnectionError):
+        except OSError:  # refused, not ready yet, or connected and not answered in time
             time.sleep(0.1)
     raise SystemExit(f"the server was not ready after {START_SECONDS} s")
 
