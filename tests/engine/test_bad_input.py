@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import threading
+from enum import IntEnum
 
 import pytest
 
@@ -30,7 +31,9 @@ BAD_PROMPTS = {
     "must be provided and non-empty": "",
     "out of vocabulary": [5, 700],
     "token id -1 is out of vocabulary": [5, -1],
+    "token id 1000000000000000000000 is out of vocabulary": [5, 10**21],
     "must hold token ids": [5, 6.5],
+    "not True": [5, True],
     "prompt has 512 tokens; with max_model_len=512": [5] * 512,
     r"prompt has 1000000 characters; max_model_len=512 tokens hold": "a" * 1_000_000,
     "prompt must be a text or token ids": None,
@@ -42,6 +45,14 @@ def test_prompts_of_another_type(engine, good_answer, prompts):
     with pytest.raises(ValueError, match="prompt"):
         engine.generate(prompts, GOOD)
     assert token_ids(engine.generate([5, 6, 7], GOOD)) == good_answer
+
+
+class Token(IntEnum):
+    FIVE, SIX, SEVEN = 5, 6, 7
+
+
+def test_integers_of_ones_own_are_token_ids(engine, good_answer):
+    assert token_ids(engine.generate([*Token], GOOD)) == good_answer
 
 
 BAD_MESSAGES = [

@@ -1,7 +1,6 @@
 """scripts/demo.py: it waits as long as a server needs, asks, and leaves none behind."""
 
 import contextlib
-import importlib.util
 import socket
 import subprocess
 import sys
@@ -10,17 +9,14 @@ from types import SimpleNamespace
 import pytest
 
 from tests.processes import ROOT
+from tests.scripts import load_script
 
 SCRIPT = ROOT / "scripts" / "demo.py"
 
 
 @pytest.fixture
 def demo():
-    spec = importlib.util.spec_from_file_location("demo", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("demo")
 
 
 def test_a_server_that_is_slow_to_answer_is_asked_again(demo, monkeypatch):
