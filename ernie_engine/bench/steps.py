@@ -1,10 +1,10 @@
 """Milliseconds a decode step and prompt tokens a second, beside what the hardware allows.
 
 Decode: (time of n new tokens - time of 1) / (n - 1), all prompts submitted at once. The time of 1
-is the mean of a run before and one after, and each of them begins on a card that has rested: a card
-at its power limit reads a long prompt more slowly right after another, which would count as steps.
-Prefill: the time to one new token. Owns these definitions and the table of cases; runs them through
-Engine.generate(), so that the figures are what a user gets.
+is the mean of a run before and one after, and each of them begins on a card that has rested: one at
+its power limit may read a long prompt more slowly right after another, and that would count as
+steps. Prefill: the time to one new token. Owns these definitions and the table of cases; runs them
+through Engine.generate(), so that the figures are what a user gets.
 """
 
 import statistics
